@@ -1,0 +1,45 @@
+"""The command line: `python -m hfkv demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .config import PRESETS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status (2: the user can mend it, and the message says how)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
+    return args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hfkv", description="A compressed KV cache for HuggingFace generate.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="the exact cache and LeanKV side by side on a real model")
+    demo.set_defaults(command=_demo)
+    demo.add_argument("--model", default="smollm2", help="name or path for from_pretrained (default: SmolLM2-135M-Instruct)")
+    demo.add_argument("--prompt-file", help="a text of your own instead of documentation with hidden notes")
+    demo.add_argument("--question", action="append", default=[], help="asked about --prompt-file; may be repeated")
+    demo.add_argument("--preset", action="append", choices=list(PRESETS), help="setting to show; may be repeated")
+    demo.add_argument("--config", metavar="JSON", help="LeanKVConfig of your own: JSON text or the path of a JSON file")
+    demo.add_argument("--tokens", type=int, default=1900, help="length of the documentation text (default: %(default)s)")
+    demo.add_argument("--out", default="hfkv-demo", help="folder for the pictures (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run  # needs tqdm and, for SmolLM2, more packages: not at import
+
+    try:
+        demo = run.prepare(args)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hfkv demo: {error}", file=sys.stderr)
+        return 2
+    run.run(demo)
+    return 0

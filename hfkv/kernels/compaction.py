@@ -1,0 +1,45 @@
+"""Moving tokens inside pages: take, put, and the stream compaction that closes holes from the tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hfkv.kernels.quantize_pack import Tokens
+from hfkv.quant import PageLayout
+
+
+def take(layout: PageLayout, pages: Tensor, slot: Tensor) -> Tokens:
+    """Packed tokens at flat slots `page * tokens + slot`, int64 [n], of pages uint8 [pages, page_bytes]."""
+    page, inside = slot // layout.tokens, slot % layout.tokens
+    tokens = {"key": layout.view(pages, "key")[page, inside], "value": layout.view(pages, "value")[page, :, inside]}
+    for name in layout.meta_names:
+        tokens[name] = layout.view(pages, name)[page, inside]
+    return tokens
+
+
+def put(layout: PageLayout, pages: Tensor, slot: Tensor, tokens: Tokens) -> None:
+    """Write packed tokens to flat slots of pages, in place."""
+    page, inside = slot // layout.tokens, slot % layout.tokens
+    layout.view(pages, "key")[page, inside] = tokens["key"]
+    layout.view(pages, "value")[page, :, inside] = tokens["value"]
+    for name in layout.meta_names:
+        layout.view(pages, name)[page, inside] = tokens[name]
+
+
+def clear(layout: PageLayout, pages: Tensor, free: Tensor) -> None:
+    """Zero the metadata of free slots, bool [pages, tokens], in place."""
+    for name in layout.meta_names:
+        layout.view(pages, name).masked_fill_(free, 0)
+
+
+def hole_moves(stay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens move where when only some stay: stay bool [rows, slots] -> (row, from, to), each int64 [moves].
+
+    Every row keeps its first `stay.sum()` slots: a staying token behind them fills a hole among them, in order, so that
+    a token moves only if it must.
+    """
+    inside = torch.arange(stay.shape[1], device=stay.device) < stay.sum(1, keepdim=True)  # [rows, slots]
+    row, source = (stay & ~inside).nonzero(as_tuple=True)
+    _, target = (~stay & inside).nonzero(as_tuple=True)  # as many per row as movers
+    return row, source, target

@@ -1,0 +1,74 @@
+"""Exact vectors into packed tokens: rotate, quantise, pack; and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfkv.quant import PageLayout, decode, encode
+
+Tokens = dict[str, Tensor]
+"""Packed tokens by part of the page layout: `key` [n, rows], `value` [n, rows], every other part [n]."""
+
+
+@dataclass
+class Basis:
+    """The linear map under which a layer's vectors are coded: x -> (x - mean) @ rotation.
+
+    Attributes:
+        key, value: rotations [dim, dim] float32, or None for none.
+        mean: float32 [rows, key_dim] in the rotated basis, subtracted from keys, or None.
+    """
+
+    key: Tensor | None
+    value: Tensor | None
+    mean: Tensor | None
+
+    def rotate_keys(self, k: Tensor) -> Tensor:
+        return k.float() if self.key is None else k.float() @ self.key
+
+    def rotate_values(self, v: Tensor) -> Tensor:
+        return v.float() if self.value is None else v.float() @ self.value
+
+    def unrotate_values(self, v: Tensor) -> Tensor:
+        return v if self.value is None else v @ self.value.T
+
+    def constant(self, q: Tensor) -> Tensor | None:
+        """What the subtracted mean takes from every logit: q [rows, queries, D], rotated and scaled -> [rows, queries]."""
+        return None if self.mean is None else torch.bmm(q, self.mean[..., None]).squeeze(-1)
+
+
+def pack_tokens(layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor, score: Tensor, birth: Tensor) -> Tokens:
+    """Code tokens k [n, D], v [n, Dv] of the heads `row` [n]; score float [n], birth int [n].
+
+    Raises:
+        ValueError: NaN, infinity or a scale beyond its format.
+    """
+    keys = basis.rotate_keys(k)
+    if basis.mean is not None:
+        keys = keys - basis.mean[row]
+    return code_tokens(layout, keys, basis.rotate_values(v), score, birth)
+
+
+def code_tokens(layout: PageLayout, keys: Tensor, values: Tensor, score: Tensor, birth: Tensor) -> Tokens:
+    """Code vectors that are in the rotated basis already."""
+    tokens: Tokens = {}
+    for side, codec, x in (("key", layout.key, keys), ("value", layout.value, values)):
+        codes, scale, zero = encode(codec, x)
+        tokens[side] = codes
+        if scale is not None:
+            tokens[f"{side}_scale"] = scale
+        if zero is not None:
+            tokens[f"{side}_zero"] = zero
+    if layout.scored:
+        tokens["score"] = score.clamp_max(65504.0).half()
+        tokens["birth"] = birth.to(torch.int32)
+    return tokens
+
+
+def unpack_tokens(layout: PageLayout, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Packed tokens -> keys [n, D] and values [n, Dv], float32 in the rotated basis, mean still subtracted."""
+    keys = decode(layout.key, tokens["key"], tokens.get("key_scale"), tokens.get("key_zero"))
+    return keys, decode(layout.value, tokens["value"], tokens.get("value_scale"), tokens.get("value_zero"))

@@ -1,0 +1,305 @@
+"""The page pool: one store of physical memory for all layers, sequences, heads and tiers of a cache on one device.
+
+Memory is taken in arenas, an arena is a row of chunks of one fixed size, a chunk is carved into pages of one class (a
+`PageLayout`). Free pages of a class wait in a circular list whose head and tail live on the device; all heads allocate
+and release at once, each a slice of the list that a prefix sum of the demands gives it (LeanKV, section 5.2). A chunk
+without a used page may be carved anew for another class. A page id is `chunk << SLOT_BITS | slot`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hfkv.quant import PageLayout
+
+SLOT_BITS = 10
+WORD = 8
+CHUNK_RANGE = (32 << 10, 1 << 20)
+MIN_PAGES = 8
+CHUNK_GRANULE = 1 << 10
+
+
+class OutOfPages(RuntimeError):
+    """The cache's `max_bytes` does not hold what a step needs. Nothing was changed: the cache stays usable."""
+
+
+@dataclass
+class _PageClass:
+    """Free list of one layout: `ring[head % size .. tail % size)` holds the ids of its free pages."""
+
+    layout: PageLayout
+    per_chunk: int
+    ring: Tensor  # int32 [size]
+    pointers: Tensor  # int64 [2]: head, tail
+    free: int = 0
+    pages: int = 0
+
+
+@dataclass
+class _Arena:
+    memory: Tensor  # int64 words [chunks * chunk_words]
+    chunks: list[int] = field(default_factory=list)
+
+
+class PagePool:
+    """Pages of several layouts over one growing memory.
+
+    Args:
+        device: where the memory lies.
+        max_bytes: limit of the pool's memory in bytes, or None.
+    """
+
+    def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
+        self.device = torch.device(device)
+        self.max_bytes = max_bytes
+        self.chunk_bytes = 0
+        self._classes: list[_PageClass] = []
+        self._arenas: dict[int, _Arena] = {}
+        self._spare: list[int] = []  # chunks that no class holds
+        self._unborn: list[int] = []  # chunk ids of arenas that were given back
+        self._owner: list[int] = []  # class of every chunk, -1: none
+        self._used = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks] pages in use
+        self._arena_of = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks]
+        self._offset_of = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] words into the arena
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def physical_bytes(self) -> int:
+        """Every byte held: pages in use, free pages, unused chunks, free lists and chunk tables."""
+        return self.memory_bytes + self.table_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(arena.memory.nbytes for arena in self._arenas.values())
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of free lists and chunk tables."""
+        lists = sum(c.ring.nbytes + c.pointers.nbytes for c in self._classes)
+        return lists + self._used.nbytes + self._arena_of.nbytes + self._offset_of.nbytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages in use, free slots inside them included."""
+        return sum((c.pages - c.free) * c.layout.page_bytes for c in self._classes)
+
+    def layout(self, cls: int) -> PageLayout:
+        return self._classes[cls].layout
+
+    def class_of(self, layout: PageLayout) -> int:
+        """The class index of a layout, registered at its first use."""
+        for index, known in enumerate(self._classes):
+            if known.layout == layout:
+                return index
+        if self.chunk_bytes:
+            self._check_fits(layout)
+        ring = torch.zeros(0, dtype=torch.int32, device=self.device)
+        pointers = torch.zeros(2, dtype=torch.int64, device=self.device)
+        per_chunk = self.chunk_bytes // layout.page_bytes if self.chunk_bytes else 0
+        self._classes.append(_PageClass(layout, per_chunk, ring, pointers))
+        return len(self._classes) - 1
+
+    # ---- allocate and release ------------------------------------------------------------------------------------
+
+    def reserve(self, demand: dict[int, int], slack: float = 0.0) -> None:
+        """Make sure that `demand[class]` pages of every class can be allocated.
+
+        Takes empty chunks of other classes first, then grows by what is missing, at least by `slack` of its size.
+
+        Raises:
+            OutOfPages: `max_bytes` would be passed; nothing has changed.
+        """
+        if not any(demand.values()):
+            return
+        if not self.chunk_bytes:
+            self._choose_chunk(sum(self.layout(c).page_bytes * n for c, n in demand.items()))
+        missing = {c: -(-max(0, n - self._classes[c].free) // self._classes[c].per_chunk) for c, n in demand.items()}
+        chunks = sum(missing.values())
+        if chunks > len(self._spare):
+            self._reclaim(demand)
+        if chunks > len(self._spare):
+            self._grow(chunks - len(self._spare), slack)
+        for cls, count in missing.items():
+            for _ in range(count):
+                self._carve(self._spare.pop(), cls)
+
+    def allocate(self, cls: int, demand: Tensor) -> Tensor:
+        """Take pages for all heads at once: demand int [rows] -> ids int32 [sum], each row's slice after the other's.
+
+        Pages come with zero metadata. `reserve` must have been called for as many.
+        """
+        page_class = self._classes[cls]
+        total = int(demand.sum())
+        assert total <= page_class.free, "allocate without reserve"
+        if total == 0:
+            return torch.zeros(0, dtype=torch.int32, device=self.device)
+        index = (page_class.pointers[0] + torch.arange(total, device=self.device)) % page_class.ring.numel()
+        ids = page_class.ring[index]
+        page_class.pointers[0] += total
+        page_class.free -= total
+        self._used.index_add_(0, ids >> SLOT_BITS, torch.ones_like(ids))
+        return ids
+
+    def release(self, cls: int, ids: Tensor) -> None:
+        """Give pages back, ids int32 [n]; their metadata becomes zero."""
+        page_class, total = self._classes[cls], ids.numel()
+        if total == 0:
+            return
+        self._zero_metadata(cls, ids)
+        index = (page_class.pointers[1] + torch.arange(total, device=self.device)) % page_class.ring.numel()
+        page_class.ring[index] = ids
+        page_class.pointers[1] += total
+        page_class.free += total
+        self._used.index_add_(0, ids >> SLOT_BITS, -torch.ones_like(ids))
+
+    def trim(self) -> None:
+        """Give arenas without a used page back to the device's allocator."""
+        self._reclaim({})
+        spare = set(self._spare)
+        for number, arena in list(self._arenas.items()):
+            if spare.issuperset(arena.chunks):
+                del self._arenas[number]
+                self._unborn += arena.chunks
+                self._spare = [c for c in self._spare if c not in set(arena.chunks)]
+
+    # ---- bytes ---------------------------------------------------------------------------------------------------
+
+    def locate(self, cls: int, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Where pages lie: per arena (rows, words, position).
+
+        `rows` is the arena as an int64 view of overlapping page-sized rows, `words` the row of each page, `position`
+        the indices into `ids` that lie in that arena.
+        """
+        layout = self.layout(cls)
+        chunk = (ids >> SLOT_BITS).long()
+        words = self._offset_of[chunk] + (ids & ((1 << SLOT_BITS) - 1)).long() * (layout.page_bytes // WORD)
+        arena_of = self._arena_of[chunk]
+        found = []
+        for number in torch.unique(arena_of).tolist():
+            position = (arena_of == number).nonzero().squeeze(1)
+            found.append((self._rows(self._arenas[number].memory, layout), words[position], position))
+        return found
+
+    def gather(self, cls: int, ids: Tensor) -> Tensor:
+        """Copies of pages: ids int32 [n] -> uint8 [n, page_bytes]."""
+        out = torch.empty(ids.numel(), self.layout(cls).page_bytes // WORD, dtype=torch.int64, device=self.device)
+        for rows, words, position in self.locate(cls, ids):
+            out[position] = rows[words]
+        return out.view(torch.uint8)
+
+    def scatter(self, cls: int, ids: Tensor, pages: Tensor) -> None:
+        """Write whole pages uint8 [n, page_bytes] back."""
+        data = pages.view(torch.int64)
+        for rows, words, position in self.locate(cls, ids):
+            rows.index_copy_(0, words, data[position])
+
+    def _zero_metadata(self, cls: int, ids: Tensor) -> None:
+        start = self.layout(cls).meta_start // WORD
+        for rows, words, _ in self.locate(cls, ids):
+            meta = rows[:, start:]
+            meta.index_fill_(0, words, 0)
+
+    @staticmethod
+    def _rows(memory: Tensor, layout: PageLayout) -> Tensor:
+        width = layout.page_bytes // WORD
+        return memory.as_strided((memory.numel() - width + 1, width), (1, 1))
+
+    # ---- chunks --------------------------------------------------------------------------------------------------
+
+    def _choose_chunk(self, first_demand: int) -> None:
+        """Fix the chunk size: half of the first demand within limits, trimmed to what the classes fill best."""
+        pages = [c.layout.page_bytes for c in self._classes]
+        low, high = CHUNK_RANGE
+        target = min(max(first_demand // 2, low), high)
+        if self.max_bytes is not None:
+            target = min(target, self.max_bytes // 16)
+        target = max(min(target, min(pages) << SLOT_BITS), MIN_PAGES * max(pages))
+        candidates = range(target, target + max(target // 2, max(pages)) + 1, CHUNK_GRANULE)
+        self.chunk_bytes = min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // WORD * WORD
+        for page_class in self._classes:
+            page_class.per_chunk = min(self.chunk_bytes // page_class.layout.page_bytes, 1 << SLOT_BITS)
+
+    def _check_fits(self, layout: PageLayout) -> None:
+        if layout.page_bytes > self.chunk_bytes:
+            raise ValueError(f"a page of {layout.page_bytes} bytes does not fit the pool's chunks of {self.chunk_bytes} bytes")
+
+    def _grow(self, chunks: int, slack: float) -> None:
+        room = None
+        if self.max_bytes is not None:
+            tables = 16 + 5 * max(c.per_chunk for c in self._classes)  # bytes that a chunk adds to lists and tables
+            room = (self.max_bytes - self.physical_bytes) // (self.chunk_bytes + tables)
+            if room < chunks:
+                raise OutOfPages(
+                    f"{chunks * self.chunk_bytes:,} more bytes are needed beside the {self.physical_bytes:,} held, but max_bytes "
+                    f"leaves the page pool {self.max_bytes:,}: nothing was changed; raise LeanKVConfig.max_bytes, prune more, or reset() the cache"
+                )
+        chunks = max(chunks, int(slack * self.memory_bytes / self.chunk_bytes))
+        if room is not None:
+            chunks = min(chunks, room)
+        number = max(self._arenas, default=-1) + 1
+        memory = torch.zeros(chunks * self.chunk_bytes // WORD, dtype=torch.int64, device=self.device)
+        arena = self._arenas[number] = _Arena(memory)
+        fresh = chunks - len(self._unborn)
+        if fresh > 0:
+            first = len(self._owner)
+            self._owner += [-1] * fresh
+            self._unborn += range(first, first + fresh)
+            pad = (0, fresh)
+            self._used = torch.nn.functional.pad(self._used, pad)
+            self._arena_of = torch.nn.functional.pad(self._arena_of, pad)
+            self._offset_of = torch.nn.functional.pad(self._offset_of, pad)
+        arena.chunks = [self._unborn.pop() for _ in range(chunks)]
+        index = torch.tensor(arena.chunks, device=self.device)
+        self._arena_of[index] = number
+        self._offset_of[index] = torch.arange(chunks, device=self.device) * (self.chunk_bytes // WORD)
+        self._spare += reversed(arena.chunks)
+
+    def _carve(self, chunk: int, cls: int) -> None:
+        page_class = self._classes[cls]
+        self._owner[chunk] = cls
+        page_class.pages += page_class.per_chunk
+        self._ensure_ring(page_class)
+        slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device) | (chunk << SLOT_BITS)
+        index = (page_class.pointers[1] + torch.arange(page_class.per_chunk, device=self.device)) % page_class.ring.numel()
+        page_class.ring[index] = slots
+        page_class.pointers[1] += page_class.per_chunk
+        page_class.free += page_class.per_chunk
+        self._zero_metadata(cls, slots)
+
+    def _free_ids(self, page_class: _PageClass) -> Tensor:
+        if page_class.free == 0:
+            return page_class.ring[:0]
+        index = (page_class.pointers[0] + torch.arange(page_class.free, device=self.device)) % page_class.ring.numel()
+        return page_class.ring[index]
+
+    def _set_free_ids(self, page_class: _PageClass, ids: Tensor, size: int) -> None:
+        page_class.ring = torch.zeros(size, dtype=torch.int32, device=self.device)
+        page_class.ring[: ids.numel()] = ids
+        page_class.pointers = torch.tensor([0, ids.numel()], dtype=torch.int64, device=self.device)
+        page_class.free = ids.numel()
+
+    def _ensure_ring(self, page_class: _PageClass) -> None:
+        if page_class.ring.numel() < page_class.pages:
+            self._set_free_ids(page_class, self._free_ids(page_class), -(-page_class.pages * 9 // 8))
+
+    def _reclaim(self, demand: dict[int, int]) -> None:
+        """Make empty chunks spare, save those that the demanded classes are about to use."""
+        used = self._used.tolist()
+        for cls, page_class in enumerate(self._classes):
+            empty = [c for c, owner in enumerate(self._owner) if owner == cls and used[c] == 0]
+            surplus = (page_class.free - demand.get(cls, 0)) // max(page_class.per_chunk, 1)
+            empty = empty[: max(0, surplus)]
+            if not empty:
+                continue
+            gone = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
+            gone[torch.tensor(empty, device=self.device)] = True
+            ids = self._free_ids(page_class)
+            page_class.pages -= len(empty) * page_class.per_chunk
+            self._set_free_ids(page_class, ids[~gone[(ids >> SLOT_BITS).long()]], max(1, page_class.pages))
+            for chunk in empty:
+                self._owner[chunk] = -1
+            self._spare += empty

@@ -1,0 +1,64 @@
+"""Two-ended page tables: the pages of every head, high tier from the left, low tier from the right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class PageTable:
+    """Page ids and token counts of all heads of a layer; a row is one KV head of one sequence.
+
+    Attributes:
+        ids: int32 [rows, width]; tier 0 fills a row from the left, tier 1 from the right.
+        lengths: int32 [rows, 2], tokens per tier.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.ids = torch.zeros(rows, 0, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(rows, 2, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.lengths.nbytes
+
+    def clone(self) -> PageTable:
+        """The table as it is now, of its own memory."""
+        other = PageTable(0, self.ids.device)
+        other.ids, other.lengths = self.ids.clone(), self.lengths.clone()
+        return other
+
+    def page_counts(self, tier: int, page_tokens: int) -> Tensor:
+        """Pages per row, int64 [rows]."""
+        return (self.lengths[:, tier].long() + page_tokens - 1) // page_tokens
+
+    def pages(self, tier: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first `counts[row]` pages of a tier, row by row: (ids int32, row int64, index inside the row int64)."""
+        row, index = ragged_index(counts)
+        return self.ids[row, self._column(tier, index)], row, index
+
+    def write(self, tier: int, row: Tensor, index: Tensor, ids: Tensor) -> None:
+        """Enter page ids at (row, index)."""
+        self.ids[row, self._column(tier, index)] = ids
+
+    def widen(self, width: int, counts: Tensor) -> None:
+        """Make room for `width` pages per row, by doubling; `counts` are the pages of tier 1, which move right."""
+        old = self.ids.shape[1]
+        if width <= old:
+            return
+        width = max(width, 2 * old)
+        ids, row, index = self.pages(1, counts)
+        grown = self.ids.new_zeros(self.ids.shape[0], width)
+        grown[:, :old] = self.ids
+        self.ids = grown
+        self.write(1, row, index, ids)
+
+    def _column(self, tier: int, index: Tensor) -> Tensor:
+        return index if tier == 0 else self.ids.shape[1] - 1 - index
+
+
+def ragged_index(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Enumerate `counts[row]` items of every row: (row int64 [sum], index inside the row int64 [sum])."""
+    row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
+    start = counts.cumsum(0) - counts
+    return row, torch.arange(row.numel(), device=counts.device) - start[row]

@@ -1,0 +1,338 @@
+"""Codecs and page layouts: how one vector becomes bytes, and where the bytes of a token lie in its page.
+
+A code block of b bits splits a vector of `dim` features into 8 / b equal slices; byte j holds feature j of every slice,
+slice i in its bits [i b, (i + 1) b). Three bits are a plane of two bits followed by a plane of one.
+Keys lie token-major in a page (`[tokens, key_bytes]`), values feature-major (`[value_rows, tokens]`), so that a kernel
+reads both straight into its matrix products. Metadata follows, one array per field, then scores and births.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfkv.config import EXACT, Tier
+
+HIGH, LOW, PRUNED, NEW, EMPTY = 0, 1, 2, 3, 4
+"""Tiers of a token; NEW is exact and about to be packed, EMPTY is a slot without a token."""
+
+PLANES = {8: (8,), 4: (4,), 3: (2, 1), 2: (2,)}
+"""Bit planes of a code, lowest bits first."""
+
+GAUSS_STEP = {2: 0.9957, 3: 0.5860}
+"""Step, in units of the rms, of the uniform quantiser of a normal variable with the least squared error."""
+
+SCALE_STEPS = 12
+SCALE_BIAS = 180
+"""A scale byte c in [1, 255] stands for 2 ** ((c - 180) / 12): 2^-14.9 to 2^6.25. 0 marks a free slot."""
+
+SCORE_LIMIT = 65504.0
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one side (keys or values) of a tier is coded: x = scale * (code - zero), per token and KV head.
+
+    Attributes:
+        bits: 8, 4, 3, 2, or 0 for the model's dtype.
+        dim: features of a vector.
+        kind: `exact`, `affine` (scale byte, integer zero byte), `fitted` (scale byte, codes around zero, scale refitted
+            after coding) or `minmax` (fp16 scale and zero, as LeanKV publishes it).
+        unbiased: fitted codes keep <x, code> = <x, x> (values) instead of the least squared error (keys).
+        dtype: element type of `exact`.
+    """
+
+    bits: int
+    dim: int
+    kind: str
+    unbiased: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def padded(self) -> int:
+        """Features coded: `dim`, rounded up to a multiple of 8 where bytes hold several features."""
+        return self.dim if self.bits in (0, 8) else -(-self.dim // 8) * 8
+
+    @property
+    def rows(self) -> int:
+        """Elements per token: bytes of codes, or numbers of the model's dtype."""
+        return self.dim if self.bits == 0 else self.padded * self.bits // 8
+
+    @property
+    def element(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize if self.bits == 0 else 1
+
+    @property
+    def scale_bytes(self) -> int:
+        return {"exact": 0, "affine": 1, "fitted": 1, "minmax": 2}[self.kind]
+
+    @property
+    def zero_bytes(self) -> int:
+        return {"exact": 0, "affine": 1, "fitted": 0, "minmax": 2}[self.kind]
+
+    @property
+    def center(self) -> float:
+        """What stands for zero in the codes of `fitted`: code c is the number c - center."""
+        return (2**self.bits - 1) / 2
+
+    @classmethod
+    def of(cls, tier: Tier, side: str, dim: int, dtype: torch.dtype, scheme: str) -> Codec:
+        """The codec of a tier's keys (`side="key"`) or values under `LeanKVConfig.codec`."""
+        if tier == EXACT:
+            return cls(0, dim, "exact", dtype=dtype)
+        bits = tier[0] if side == "key" else tier[1]
+        if scheme == "minmax":
+            return cls(bits, dim, "minmax")
+        return cls(bits, dim, "fitted" if bits < 4 else "affine", unbiased=side == "value")
+
+
+# ---- one vector --------------------------------------------------------------------------------------------------
+
+
+def encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Code vectors `x` [n, dim] -> codes uint8 [n, rows] (or the model's dtype), scale [n], zero [n] as stored.
+
+    Raises:
+        ValueError: NaN or infinity in x, or a scale beyond its format.
+    """
+    if codec.kind == "exact":
+        _check_finite(x.amin(-1) + x.amax(-1) if x.numel() else x, x)
+        return x.to(codec.dtype), None, None
+    x = x.float()
+    if codec.kind == "fitted":
+        levels, scale = _fit(codec, x)
+        zero = None
+    elif codec.kind == "affine":
+        levels, scale, zero = _affine(codec, x)
+    else:
+        levels, scale, zero = _minmax(codec, x)
+    return pack_codes(levels.to(torch.uint8), codec), scale, zero
+
+
+def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """The vectors [n, dim] float32 that `encode`'s output stands for."""
+    if codec.kind == "exact":
+        return codes.float()
+    assert scale is not None
+    levels = unpack_codes(codes, codec).float()
+    multiplier, offset = affine_terms(codec, scale, zero)
+    return multiplier[:, None] * levels + offset[:, None]
+
+
+def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stored metadata -> float32 (s, o) with x = s * code + o; the shape is that of `scale`."""
+    if codec.kind == "minmax":
+        assert zero is not None
+        return scale.float(), zero.float()
+    s = scale_from_byte(scale)
+    return s, s * -codec.center if zero is None else -(s * zero)
+
+
+def scale_from_byte(code: Tensor) -> Tensor:
+    return torch.exp2(code.float().sub_(SCALE_BIAS).div_(SCALE_STEPS))
+
+
+def _scale_to_byte(scale: Tensor, source: Tensor, round_up: bool) -> Tensor:
+    _check_finite(scale, source)
+    code = scale.clamp_min(2.0**-30).log2().mul_(SCALE_STEPS)
+    code = (code.ceil() if round_up else code.round()).add_(SCALE_BIAS)
+    if code.numel() and code.max() > 255:
+        largest = source.abs().max().item()
+        raise ValueError(f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use LeanKVConfig(codec='minmax')")
+    return code.clamp_(1, 255).to(torch.uint8)
+
+
+def _affine(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    top = 2**codec.bits - 1
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)  # [n]; zero is always representable
+    scale = _scale_to_byte((high - low) / (top - 0.5), x, round_up=True)
+    step = scale_from_byte(scale)
+    zero = (low / step).round().neg().clamp_(0, top)
+    levels = (x / step[:, None] + zero[:, None]).round_().clamp_(0, top)
+    return levels, scale, zero.to(torch.uint8)
+
+
+def _fit(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+    top = 2**codec.bits - 1
+    energy = x.square().sum(-1)  # [n]
+    step = (energy / codec.dim).sqrt().mul(GAUSS_STEP[codec.bits]).clamp_min(1e-30)
+    levels = (x / step[:, None] + codec.center).round_().clamp_(0, top)
+    centred = levels - codec.center
+    overlap = (x * centred).sum(-1)
+    fitted = energy / overlap.clamp_min(1e-30) if codec.unbiased else overlap / centred.square().sum(-1)
+    return levels, _scale_to_byte(fitted, x, round_up=False)
+
+
+def _minmax(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    top = 2**codec.bits - 1
+    low, high = x.amin(-1), x.amax(-1)  # [n]
+    scale, zero = ((high - low) / top).half(), low.half()
+    _check_finite(low + high, x)
+    if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
+        raise ValueError(f"a vector with an entry of {x.abs().max().item():.4g} is beyond fp16 metadata: use a tier of {EXACT!r}")
+    levels = ((x - zero.float()[:, None]) / scale.float().clamp_min(1e-12)[:, None]).round_().clamp_(0, top)
+    return levels, scale, zero
+
+
+def _check_finite(summary: Tensor, source: Tensor) -> None:
+    if not bool(torch.isfinite(summary).all()):
+        bad = int((~torch.isfinite(source)).sum())
+        raise ValueError(f"keys or values hold {bad} NaN or infinite entries: nothing was stored; check the model's output and dtype")
+
+
+# ---- bits to bytes -----------------------------------------------------------------------------------------------
+
+
+def pack_codes(levels: Tensor, codec: Codec) -> Tensor:
+    """Codes uint8 [n, dim] -> bytes uint8 [n, rows]."""
+    if codec.padded != codec.dim:
+        levels = torch.nn.functional.pad(levels, (0, codec.padded - codec.dim))
+    planes, shift = [], 0
+    for bits in PLANES[codec.bits]:
+        plane = (levels >> shift) & (2**bits - 1)
+        packed = torch.zeros_like(plane[:, : codec.padded * bits // 8])
+        for i, part in enumerate(plane.chunk(8 // bits, -1)):
+            packed |= part << (i * bits)
+        planes.append(packed)
+        shift += bits
+    return planes[0] if len(planes) == 1 else torch.cat(planes, -1)
+
+
+def unpack_codes(packed: Tensor, codec: Codec) -> Tensor:
+    """Bytes uint8 [n, rows] -> codes uint8 [n, dim]."""
+    levels, shift, start = None, 0, 0
+    for bits in PLANES[codec.bits]:
+        width = codec.padded * bits // 8
+        plane = packed[:, start : start + width]
+        part = torch.cat([(plane >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)], -1)
+        levels = part if levels is None else levels | (part << shift)
+        shift, start = shift + bits, start + width
+    assert levels is not None
+    return levels[:, : codec.dim]
+
+
+# ---- pages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where the parts of a page lie; the one table of bytes per token.
+
+    A page is `tokens` slots: keys | values | key scale | key zero | value scale | value zero | score | birth.
+    Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`.
+    """
+
+    key: Codec
+    value: Codec
+    tokens: int
+    scored: bool
+
+    @functools.cached_property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """Byte range [start, stop) of every part in a page."""
+        sizes = {
+            "key": self.key.rows * self.key.element,
+            "value": self.value.rows * self.value.element,
+            "key_scale": self.key.scale_bytes,
+            "key_zero": self.key.zero_bytes,
+            "value_scale": self.value.scale_bytes,
+            "value_zero": self.value.zero_bytes,
+            "score": 2 if self.scored else 0,
+            "birth": 4 if self.scored else 0,
+        }
+        ranges, start = {}, 0
+        for name, size in sizes.items():
+            ranges[name] = (start, start + size * self.tokens)
+            start += size * self.tokens
+        return ranges
+
+    @functools.cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token: codes, metadata, score and birth."""
+        return self.fields["birth"][1] // self.tokens
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        return self.fields["birth"][1]
+
+    @functools.cached_property
+    def meta_start(self) -> int:
+        """First byte behind the codes: from here on a free slot is zero."""
+        return self.fields["value"][1]
+
+    def view(self, pages: Tensor, name: str) -> Tensor:
+        """One part of pages uint8 [n, page_bytes], as a view in its own dtype.
+
+        Shapes: `key` [n, tokens, rows], `value` [n, rows, tokens], all else [n, tokens].
+        """
+        start, stop = self.fields[name]
+        part = pages[:, start:stop]
+        if name in ("key", "value"):
+            codec = self.key if name == "key" else self.value
+            part = part if codec.bits else part.view(codec.dtype)
+            shape = (self.tokens, codec.rows) if name == "key" else (codec.rows, self.tokens)
+            return part.unflatten(1, shape)
+        return part.view(self._dtype(name))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if name == "score":
+            return torch.float16
+        if name == "birth":
+            return torch.int32
+        codec = self.key if name.startswith("key") else self.value
+        return torch.float16 if codec.kind == "minmax" else torch.uint8
+
+    @property
+    def meta_names(self) -> tuple[str, ...]:
+        """The per-token parts that this layout has besides codes."""
+        return tuple(n for n, (a, b) in self.fields.items() if b > a and n not in ("key", "value"))
+
+
+# ---- rotation ----------------------------------------------------------------------------------------------------
+
+
+def rotation(dim: int, seed: int, device: torch.device | str = "cpu") -> tuple[Tensor, str]:
+    """An orthogonal matrix [dim, dim] float32 that spreads every feature over all, and its name for the report.
+
+    Hadamard (normalised) for dim = 2^k x {1, 12, 20, 28}; otherwise a fixed orthogonal matrix drawn with `seed`.
+    """
+    matrix, name = _rotation(dim, seed)
+    return matrix.to(device), name
+
+
+@functools.lru_cache(maxsize=64)
+def _rotation(dim: int, seed: int) -> tuple[Tensor, str]:
+    for base in (1, 12, 20, 28):
+        power, rest = divmod(dim, base)
+        if rest == 0 and power & (power - 1) == 0:
+            matrix = _hadamard_base(base)
+            while matrix.shape[0] < dim:
+                matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+            return (matrix / dim**0.5).float(), f"hadamard {dim}"
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float(), f"orthogonal {dim} (seed {seed})"
+
+
+def _hadamard_base(order: int) -> Tensor:
+    """Paley's constructions: order q + 1 for q = 11, 19; order 2 (q + 1) for q = 13."""
+    if order == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    first = order != 28
+    q = order - 1 if first else order // 2 - 1
+    squares = {x * x % q for x in range(1, q)}
+    chi = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, q)], dtype=torch.float64)
+    index = (torch.arange(q)[:, None] - torch.arange(q)[None]) % q
+    core = torch.zeros(q + 1, q + 1, dtype=torch.float64)
+    core[1:, 1:] = chi[index]
+    core[0, 1:] = 1
+    core[1:, 0] = -1 if first else 1
+    if first:
+        return core + torch.eye(q + 1, dtype=torch.float64)
+    on = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(core, on) + torch.kron(torch.eye(q + 1, dtype=torch.float64), diagonal)
