@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from .config import PRESETS
@@ -13,21 +14,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
     return args.command(args)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hfkv", description="A compressed KV cache for HuggingFace generate.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hfkv", description="A compressed KV cache for HuggingFace generate."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="the exact cache and LeanKV side by side on a real model")
     demo.set_defaults(command=_demo)
-    demo.add_argument("--model", default="smollm2", help="name or path for from_pretrained (default: SmolLM2-135M-Instruct)")
+    demo.add_argument(
+        "--model", default="smollm2", help="name or path for from_pretrained (default: SmolLM2-135M-Instruct)"
+    )
     demo.add_argument("--prompt-file", help="a text of your own instead of documentation with hidden notes")
     demo.add_argument("--question", action="append", default=[], help="asked about --prompt-file; may be repeated")
     demo.add_argument("--preset", action="append", choices=list(PRESETS), help="setting to show; may be repeated")
     demo.add_argument("--config", metavar="JSON", help="LeanKVConfig of your own: JSON text or the path of a JSON file")
-    demo.add_argument("--tokens", type=int, default=1900, help="length of the documentation text (default: %(default)s)")
+    demo.add_argument(
+        "--tokens", type=int, default=1900, help="length of the documentation text (default: %(default)s)"
+    )
     demo.add_argument("--out", default="hfkv-demo", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     return parser

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-import hfkv
+from hfkv import LeanKVCache
+from hfkv.report import tier_map
 
 from .dialogue import Dialogue, continued
 from .measures import Agreement, StepClock, agreement, equal_tokens, fill, forced_logits
@@ -25,7 +26,7 @@ class Contender:
     """A cache that takes part: its name and how to make it."""
 
     name: str
-    new_cache: Callable[[], Cache]
+    new_cache: Callable[[], DynamicCache]
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ class Contest:
             bar.total = bar.n
         return outcome
 
-    def _fill(self, contender: Contender, outcome: Outcome) -> Cache:
+    def _fill(self, contender: Contender, outcome: Outcome) -> DynamicCache:
         cache = contender.new_cache()
         start = time.perf_counter()
         fill(self._model, self._talk.dialogue.prompt, cache)
         outcome.prompt_seconds = time.perf_counter() - start
-        if isinstance(cache, hfkv.LeanKVCache):
+        if isinstance(cache, LeanKVCache):
             report = cache.report()
             outcome.physical_bytes, outcome.exact_bytes, outcome.report = (
                 report.physical_bytes,
@@ -107,7 +108,7 @@ class Contest:
             )
             outcome.tiers = tiers_by_layer(cache)
         else:
-            outcome.physical_bytes = outcome.exact_bytes = tensor_bytes(cache)
+            outcome.physical_bytes = outcome.exact_bytes = exact_bytes(cache)
         return cache
 
     def _chat(self, cache: Cache, outcome: Outcome, bar: tqdm) -> None:
@@ -134,7 +135,7 @@ class Contest:
 
     def _generate(self, cache: Cache, ids: list[int], clock: StepClock, tokens: int | None = None) -> list[int]:
         prompt = torch.tensor([ids], device=self._model.device)  # [1, all tokens so far]
-        out = self._model.generate(
+        out = self._model.generate(  # type: ignore[operator]
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
@@ -145,14 +146,15 @@ class Contest:
         return out[0, len(ids) :].tolist()
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def tensor_bytes(cache: Cache) -> int:
+def exact_bytes(cache: DynamicCache) -> int:
     """Bytes of the keys and values that an exact cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-def tiers_by_layer(cache: hfkv.LeanKVCache) -> Tiers:
+def tiers_by_layer(cache: LeanKVCache) -> Tiers:
     """Tier of every token of the first sequence, for the compressed layers: {layer: uint8 [kv_heads, tokens]}."""
-    return {index: hfkv.report.tier_map(cache, index)[0] for index in range(len(cache.layers))}
+    return {layer.index: tier_map(cache, layer.index)[0] for layer in cache.report().layers if layer.compressed}

@@ -9,9 +9,13 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
 
 Tiers = Mapping[int, torch.Tensor]
 
@@ -23,7 +27,8 @@ PLOT_EXTRA = "pip install matplotlib"
 
 def tier_shares(tiers: Tiers) -> dict[str, float]:
     """The share of tokens in each tier, over all layers and heads."""
-    counts = sum(torch.bincount(layer.flatten().long(), minlength=len(NAMES)) for layer in _checked(tiers).values())
+    tokens = torch.cat([layer.flatten() for layer in _checked(tiers).values()])
+    counts = torch.bincount(tokens.long(), minlength=len(NAMES))
     return dict(zip(NAMES, (counts / counts.sum()).tolist(), strict=True))
 
 
@@ -59,7 +64,9 @@ def terminal_picture(tiers: Tiers, width: int = 100, max_rows: int = 32, stream:
     paint = _coloured_cell if coloured else _plain_cell
     lines = ["layer " + " ".join(f"head {_span(group)}".ljust(cells)[:cells] for group in heads)]
     for group in _merged(list(layers), max_rows):
-        shares = torch.stack([_shares_by_cell(layers[index], cells) for index in group]).mean(0)  # [heads, cells, tiers]
+        shares = torch.stack([_shares_by_cell(layers[index], cells) for index in group]).mean(
+            0
+        )  # [heads, cells, tiers]
         merged = [shares[of_head].mean(0).tolist() for of_head in heads]
         lines.append(f"{group[0]:>4}  " + " ".join("".join(paint(cell) for cell in head) for head in merged))
     return "\n".join([*lines, " " * 6 + _terminal_legend(coloured)])
@@ -114,7 +121,7 @@ def _palette() -> torch.Tensor:
     return torch.tensor(COLOURS) / 255  # [tiers, RGB]
 
 
-def _draw_map(axes, rows: torch.Tensor, tiers: Tiers) -> None:
+def _draw_map(axes: Axes, rows: torch.Tensor, tiers: Tiers) -> None:
     image = _palette()[rows.long()].numpy()  # [rows, tokens, RGB]
     axes.imshow(image, aspect="auto", interpolation="antialiased", interpolation_stage="rgba")
     heads = len(next(iter(tiers.values())))
@@ -126,7 +133,7 @@ def _draw_map(axes, rows: torch.Tensor, tiers: Tiers) -> None:
     axes.set_ylabel(f"layer ({heads} key/value heads each)")
 
 
-def _draw_by_position(axes, rows: torch.Tensor) -> None:
+def _draw_by_position(axes: Axes, rows: torch.Tensor) -> None:
     cells = min(200, rows.shape[1])
     shares = _shares_by_cell(rows, cells).mean(0)  # [cells, tiers]
     centres = (torch.arange(cells) + 0.5) * rows.shape[1] / cells
@@ -136,7 +143,7 @@ def _draw_by_position(axes, rows: torch.Tensor) -> None:
     axes.set_title("share of heads, by position", fontsize=10)
 
 
-def _draw_by_head(axes, rows: torch.Tensor) -> None:
+def _draw_by_head(axes: Axes, rows: torch.Tensor) -> None:
     shares = _shares_by_cell(rows, 1)[:, 0]  # [rows, tiers]
     left = torch.cat([torch.zeros(len(shares), 1), shares.cumsum(1)], 1)
     for tier, colour in enumerate(_palette().numpy()):
@@ -146,10 +153,11 @@ def _draw_by_head(axes, rows: torch.Tensor) -> None:
     axes.set_title("share of tokens, by head", fontsize=10)
 
 
-def _legend(rows: torch.Tensor) -> list:
+def _legend(rows: torch.Tensor) -> list[Patch]:
     from matplotlib.patches import Patch
 
     shares = tier_shares({0: rows})
     return [
-        Patch(facecolor=tuple(colour), edgecolor="grey", label=f"{name} ({shares[name]:.1%})") for name, colour in zip(NAMES, _palette().tolist(), strict=True)
+        Patch(facecolor=tuple(colour), edgecolor="grey", label=f"{name} ({shares[name]:.1%})")
+        for name, colour in zip(NAMES, _palette().tolist(), strict=True)
     ]

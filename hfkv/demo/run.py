@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def prepare(args: argparse.Namespace) -> Demo:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = smollm2.load(args.model, dtype="auto")
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        model.cuda()
     document, notes = _document(args, tokenizer)
     questions = [note.question for note in notes] or args.question
     turns = list(_OWN_CHAT if args.prompt_file else _CHAT)
@@ -83,7 +85,7 @@ def _contenders(args: argparse.Namespace) -> list[Contender]:
     configs = {} if args.config and not args.preset else {name: LeanKVConfig.preset(name) for name in presets}
     if args.config:
         configs["own config"] = LeanKVConfig.from_json(args.config)
-    lean = [Contender(name, lambda config=config: LeanKVCache(config)) for name, config in configs.items()]
+    lean = [Contender(name, partial(LeanKVCache, config)) for name, config in configs.items()]
     return [Contender(EXACT, DynamicCache), *lean]
 
 
@@ -99,7 +101,9 @@ def _check_positions(model: PreTrainedModel, talk: Talk) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = len(talk.dialogue.prompt) + talk.budget
     if limit and needed > limit:
-        raise ValueError(f"prompt and answers need {needed} positions, the model has {limit}: use a shorter text or --tokens")
+        raise ValueError(
+            f"prompt and answers need {needed} positions, the model has {limit}: use a shorter text or --tokens"
+        )
 
 
 def _introduce(demo: Demo) -> None:

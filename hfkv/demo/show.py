@@ -51,7 +51,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Columns aligned, the first to the left and numbers to the right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [header, *rows]
     ]
     return "\n".join([_styled(lines[0], "1"), "-" * len(lines[0]), *lines[1:]])

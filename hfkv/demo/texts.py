@@ -23,7 +23,9 @@ _MODULES = _words("""
     optparse pdb pickle pprint queue sched selectors shelve shlex shutil smtplib sqlite3 ssl struct tempfile timeit
     traceback urllib.request uuid warnings weakref xml.dom.minidom xml.etree.ElementTree zlib""")
 
-_CITIES = _words("Oslo Lima Rome Bern Cairo Delhi Paris Tokyo Seoul Quito Accra Lagos Tunis Dakar Minsk Riga Doha Madrid")
+_CITIES = _words(
+    "Oslo Lima Rome Bern Cairo Delhi Paris Tokyo Seoul Quito Accra Lagos Tunis Dakar Minsk Riga Doha Madrid"
+)
 _COLOURS = _words("red blue green yellow purple orange black white silver golden brown pink")
 _PEOPLE = _words("Anna Boris Clara David Emma Felix Grace Henry Irene James Laura Martin Nora Oscar Peter Rosa")
 _FRUITS = _words("apple banana cherry lemon mango orange peach pear plum grape melon coconut")
@@ -65,7 +67,11 @@ class _NoteKind:
     values: tuple[str, ...] | int  # words to choose from, or the number of digits
 
     def draw(self, key: str, rng: random.Random) -> Note:
-        value = "".join(rng.choices("0123456789", k=self.values)) if isinstance(self.values, int) else rng.choice(self.values)
+        value = (
+            "".join(rng.choices("0123456789", k=self.values))
+            if isinstance(self.values, int)
+            else rng.choice(self.values)
+        )
         sentence = rng.choice(self.sentences).format(key=key, value=value)
         return Note(sentence, self.question.format(key=key), self.answer.format(key=key), value)
 
@@ -115,7 +121,9 @@ def documentation() -> str:
     return "\n\n".join(dict.fromkeys(doc for name in _MODULES for doc in _docstrings(name)))
 
 
-def continuations(tokenizer: PreTrainedTokenizerBase, context_tokens: int, new_tokens: int, seed: int) -> Iterator[Continuation]:
+def continuations(
+    tokenizer: PreTrainedTokenizerBase, context_tokens: int, new_tokens: int, seed: int
+) -> Iterator[Continuation]:
     """Stretches of documentation that do not overlap, of `context_tokens` and the `new_tokens` that follow."""
     ids = _documentation_ids(tokenizer)
     for start in _starts(len(ids), context_tokens + new_tokens, random.Random(seed)):
@@ -131,8 +139,10 @@ def noted_texts(tokenizer: PreTrainedTokenizerBase, tokens: int, notes: int, see
         drawn = draw_notes(notes, rng)
         room = tokens - sum(len(tokenizer(note.sentence)["input_ids"]) for note in drawn)
         if room < tokens // 2:
-            raise ValueError(f"{notes} notes leave {room} of {tokens} tokens for text: ask for fewer notes or more tokens")
-        yield NotedText(_hide(tokenizer.decode(ids[start : start + room]), drawn, rng), drawn)
+            raise ValueError(
+                f"{notes} notes leave {room} of {tokens} tokens for text: ask for fewer notes or more tokens"
+            )
+        yield NotedText(_hide(str(tokenizer.decode(ids[start : start + room])), drawn, rng), drawn)
 
 
 def draw_notes(count: int, rng: random.Random) -> tuple[Note, ...]:
@@ -168,7 +178,9 @@ def _documentation_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _starts(length: int, width: int, rng: random.Random) -> list[int]:
     """Starts of all stretches of `width` side by side, from a random offset, in random order."""
     if not 0 < width <= length:
-        raise ValueError(f"a text of {width} tokens: it must have at least 1 and at most {length}, which is all there is")
+        raise ValueError(
+            f"a text of {width} tokens: it must have at least 1 and at most {length}, which is all there is"
+        )
     offset = rng.randrange(length % width + 1)
     starts = list(range(offset, length - width + 1, width))
     rng.shuffle(starts)

@@ -1,0 +1,183 @@
+"""Time of a decode step on the CPU, side by side in one run: SmolLM2 in float32, batch 1.
+
+All caches are filled with the same text; then every round takes one step with each of them in turn, so that a busy
+machine slows all alike. Steps are given as medians and as means (a mean has the flushes in it), ratios to DynamicCache
+under "sdpa". The peak memory of the prompt (resident bytes above the loaded model) is measured in a process of its own.
+
+    python benchmarks/decode_cpu.py --lengths 2000 7000
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rows import RESULTS, write_csv
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
+
+from hfkv import LeanKVCache, LeanKVConfig
+from hfkv.demo import smollm2
+from hfkv.demo.measures import fill
+from hfkv.demo.texts import continuations
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache to time: how to make it, the attention it runs under, and the package it needs."""
+
+    attention: str
+    new_cache: Callable[[PretrainedConfig], Cache]
+    package: str = "torch"
+
+    @property
+    def available(self) -> bool:
+        top = self.package.split(".")[0]
+        return importlib.util.find_spec(top) is not None and importlib.util.find_spec(self.package) is not None
+
+
+def _lean(preset: str) -> Kind:
+    return Kind("leankv", lambda _: LeanKVCache(LeanKVConfig.preset(preset)))
+
+
+REFERENCE = "DynamicCache, sdpa"
+KINDS = {
+    REFERENCE: Kind("sdpa", lambda _: DynamicCache()),
+    "DynamicCache, leankv": Kind("leankv", lambda _: DynamicCache()),
+    "k8v4": _lean("k8v4"),
+    "balanced": _lean("balanced"),
+    "aggressive": _lean("aggressive"),
+    "QuantizedCache, quanto 4 bit": Kind("sdpa", lambda c: QuantizedCache("quanto", c, nbits=4), "optimum.quanto"),
+    "QuantizedCache, hqq 4 bit": Kind("sdpa", lambda c: QuantizedCache("hqq", c, nbits=4), "hqq"),
+}
+
+
+@dataclass
+class Times:
+    """Seconds of prompts and of decode steps with one cache."""
+
+    prompts: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
+def time_prompts(
+    models: dict[str, PreTrainedModel], names: list[str], ids: list[int], repeats: int
+) -> tuple[dict[str, Times], dict[str, Cache]]:
+    """Fill every cache `repeats` times in turn; the last fillings are kept."""
+    times, caches = {name: Times() for name in names}, {}
+    for name in tqdm(names * repeats, desc=f"{len(ids)} tokens, prompts"):
+        model = models[KINDS[name].attention]
+        cache = KINDS[name].new_cache(model.config)
+        start = time.perf_counter()
+        caches[name] = fill(model, ids, cache)
+        times[name].prompts.append(time.perf_counter() - start)
+    return times, caches
+
+
+@torch.inference_mode()
+def time_steps(
+    models: dict[str, PreTrainedModel], caches: dict[str, Cache], ids: list[int], times: dict[str, Times]
+) -> None:
+    """One decode step with each cache per token of `ids`; the first two rounds warm up and do not count."""
+    for number, token in enumerate(tqdm(ids, desc="decode steps")):
+        step = torch.tensor([[token]])
+        for name, cache in caches.items():
+            start = time.perf_counter()
+            models[KINDS[name].attention](step, past_key_values=cache)
+            if number >= 2:
+                times[name].steps.append(time.perf_counter() - start)
+
+
+def prompt_peak(name: str, tokens: int, threads: int) -> int:
+    """Highest resident bytes during the prompt above those before it, in a fresh process (Linux)."""
+    command = [sys.executable, __file__, "--peak-of", name, "--lengths", str(tokens), "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_peak(name: str, tokens: int) -> int:
+    """What the fresh process does: reset the kernel's high-water mark, run the prompt, read the mark."""
+    kind = KINDS[name]
+    model, tokenizer = smollm2.load(dtype=torch.float32, attn_implementation=kind.attention)
+    ids = next(continuations(tokenizer, tokens, 1, seed=0)).context
+    fill(model, ids[:64], DynamicCache())  # what any first forward allocates for good
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water()
+    cache = fill(model, ids, kind.new_cache(model.config))
+    assert cache is not None  # alive until the mark is read
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, int]) -> list[dict[str, object]]:
+    """One row per cache, ratios to the reference in the same run."""
+    median = {name: statistics.median(t.steps) for name, t in times.items()}
+    mean = {name: statistics.fmean(t.steps) for name, t in times.items()}
+    prompt = {name: min(t.prompts) for name, t in times.items()}
+    return [
+        {
+            "cache": name,
+            "tokens": tokens,
+            "step_ms": f"{1000 * median[name]:.1f}",
+            "step_ratio": f"{median[name] / median[REFERENCE]:.3f}",
+            "mean_step_ms": f"{1000 * mean[name]:.1f}",
+            "mean_step_ratio": f"{mean[name] / mean[REFERENCE]:.3f}",
+            "prompt_s": f"{prompt[name]:.2f}",
+            "prompt_ratio": f"{prompt[name] / prompt[REFERENCE]:.3f}",
+            "prompt_peak_mib": f"{peaks[name] / 2**20:.0f}" if peaks else "",
+            "steps": len(times[name].steps),
+        }
+        for name in times
+    ]
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(measure_peak(args.peak_of, args.lengths[0]))
+        return
+    for name in (name for name, kind in KINDS.items() if not kind.available):
+        print(f"{name} is left out: package {KINDS[name].package} is not installed")
+    names = [name for name, kind in KINDS.items() if kind.available]
+    models = {
+        attention: smollm2.load(dtype=torch.float32, attn_implementation=attention)[0]
+        for attention in ("sdpa", "leankv")
+    }
+    tokenizer = smollm2.load(dtype=torch.float32)[1]
+    table: list[dict[str, object]] = []
+    for tokens in args.lengths:
+        text = next(continuations(tokenizer, tokens, args.steps + 2, seed=0))
+        peaks = {name: prompt_peak(name, tokens, args.threads) for name in tqdm(names, desc=f"{tokens} tokens, peaks")}
+        times, caches = time_prompts(models, names, text.context, args.prompt_repeats)
+        time_steps(models, caches, text.following, times)
+        table += result_rows(tokens, times, peaks)
+        write_csv(RESULTS / "decode_cpu.csv", table)
+    print((RESULTS / "decode_cpu.csv").read_text())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 7000], help="cached tokens")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps per cache and length")
+    parser.add_argument("--prompt-repeats", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", choices=list(KINDS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
