@@ -11,9 +11,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from hfkv.attend import Call
 from hfkv.handle import Chunk, KVHandle
 from hfkv.kernels.prompt_attention import lower_right, prompt_attention
-from hfkv.layer import Call, LeanKVLayer
+from hfkv.layer import LeanKVLayer
 
 NAME = "leankv"
 SPARSE_LAYERS = {
@@ -59,26 +60,35 @@ def leankv_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     call = Call(scaling, softcap, s_aux)
-    if isinstance(key, KVHandle):
+    if not isinstance(key, KVHandle):
+        return _plain_attention(query, key, value, attention_mask, causal, call, position_bias, dropout), None
+    chunk, cache = key.source, key.source.layer.cache
+    try:
         _refuse_sparse(module, kwargs)
-        chunk = key.chunk
-        if chunk.layer.pending is chunk and not chunk.layer.open:
+        if chunk.layer.pending is chunk and chunk.layer.tokens is None:
             plain = _decide(module, chunk, causal, position_bias, kwargs)
             if plain is not None:
-                key, value = chunk.layer.cache.keep_plain(chunk.layer, *plain)
-                return _plain_attention(query, key, value, attention_mask, causal, call, position_bias, dropout), None
-        try:
-            return chunk.layer.attend(chunk, query, attention_mask, call), None
-        except Exception:
-            chunk.layer.cache.undo_forward()
-            raise
-    return _plain_attention(query, key, value, attention_mask, causal, call, position_bias, dropout), None
+                k, v = cache.keep_plain(chunk.layer, *plain)
+                return _plain_attention(query, k, v, attention_mask, causal, call, position_bias, dropout), None
+        return chunk.layer.attend(chunk, query, attention_mask, call), None
+    except Exception:
+        cache.undo_forward()
+        raise
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, call: Call, position_bias: Tensor | None, dropout: float) -> Tensor:
+def _plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    call: Call,
+    position_bias: Tensor | None,
+    dropout: float,
+) -> Tensor:
     """Exact attention over plain tensors: sliding layers, cross-attention, encoders, vision towers, other caches."""
     queries, tokens = q.shape[2], k.shape[2]
-    if mask is None and causal and queries < tokens and queries > 1 and not isinstance(k, KVHandle):
+    if mask is None and causal and queries < tokens and queries > 1:
         k, v = k[:, :, :queries], v[:, :, :queries]  # a static cache's prompt: what lies behind it is not written yet
         tokens = queries
     if _is_padding(mask) and causal and queries > 1:
@@ -128,7 +138,9 @@ def leankv_mask(**kwargs: Any) -> Tensor | None:
 # ---- what is compressed, what is refused -------------------------------------------------------------------------
 
 
-def _decide(module: nn.Module, chunk: Chunk, causal: bool, position_bias: Tensor | None, kwargs: dict) -> tuple[Any, str] | None:
+def _decide(
+    module: nn.Module, chunk: Chunk, causal: bool, position_bias: Tensor | None, kwargs: dict
+) -> tuple[Any, str] | None:
     """None where the layer is compressed, else (transformers' layer, reason)."""
     if not causal:
         raise ValueError(
@@ -184,4 +196,6 @@ def _refuse_sparse_config(config: PretrainedConfig) -> None:
 
 def _refuse_sparse(module: nn.Module, kwargs: dict) -> None:
     if kwargs.get("indices") is not None or getattr(module, "indexer", None) is not None:
-        raise ValueError(f"{type(module).__name__} attends sparsely through an indexer: keep the model's own attn_implementation, not {NAME!r}")
+        raise ValueError(
+            f"{type(module).__name__} attends sparsely through an indexer: keep the model's own attn_implementation, not {NAME!r}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hfkv.config import LeanKVConfig
+from hfkv.fill import FillBook
 from hfkv.layer import LeanKVLayer
 from hfkv.paging.packed import Compaction, PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.report import Report, make_report
-from hfkv.window import Fill, advance, crop_fill, leave, select_fill
+from hfkv.tiering import apply_flush, plan_flush
+from hfkv.tokens import LayerTokens
 
 logger = logging.getLogger("hfkv")
 
@@ -45,11 +48,15 @@ class LeanKVCache(DynamicCache):
             hint = ": give the model's config as model_config=" if isinstance(config, PretrainedConfig) else ""
             raise TypeError(f"LeanKVCache needs a LeanKVConfig, not {type(config).__name__}{hint}")
         if model_config is not None and not isinstance(model_config, PretrainedConfig):
-            raise TypeError(f"LeanKVCache(model_config=...) needs the model's PretrainedConfig, not {type(model_config).__name__}")
+            raise TypeError(
+                f"LeanKVCache(model_config=...) needs the model's PretrainedConfig, not {type(model_config).__name__}"
+            )
         super().__init__()
         self.config = config if config is not None else LeanKVConfig()
         self.model_config = model_config
-        self.layer_count = None if model_config is None else model_config.get_text_config(decoder=True).num_hidden_layers
+        self.layer_count = (
+            None if model_config is None else model_config.get_text_config(decoder=True).num_hidden_layers
+        )
         self._pools: dict[torch.device, PagePool] = {}
         self.native_layers: tuple[Any, list[Any]] | None = None
         self._recording = False
@@ -63,8 +70,7 @@ class LeanKVCache(DynamicCache):
         self._page_tokens: int | None = None
         self._undo: list[tuple[int, Any, Any]] = []
         self._flush_due = False
-        self._fills: dict[tuple, tuple[tuple, Fill]] = {}
-        self._valid: tuple[Any, int, Tensor | None] = (None, 0, None)
+        self.fills = FillBook()
         if self.model_config is not None:
             for index, native in enumerate(DynamicCache(config=self.model_config).layers):
                 if type(native) is DynamicLayer:
@@ -75,7 +81,9 @@ class LeanKVCache(DynamicCache):
 
     # ---- update ----------------------------------------------------------------------------------------------------
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Take new keys and values [batch, kv_heads, q, dim] of a layer; returns handles for the attention function.
 
         Raises:
@@ -103,6 +111,11 @@ class LeanKVCache(DynamicCache):
         """The layers that compress, or will as soon as they get their first chunk."""
         return [layer for layer in self.layers if isinstance(layer, LeanKVLayer) and layer.is_initialized]
 
+    @property
+    def compressed(self) -> list[LayerTokens]:
+        """What the compressing layers hold, in their order."""
+        return [layer.tokens for layer in self.lean_layers if layer.tokens is not None]
+
     def _before(self, layer: LeanKVLayer, new: int) -> None:
         """What precedes a layer's update: at the first layer of a forward, check the last one and flush if need be."""
         others = self.lean_layers
@@ -114,14 +127,12 @@ class LeanKVCache(DynamicCache):
                 self.flush()
         elif layer.seen != lead.seen - new:
             raise self._aborted(layer, lead.seen - new)
-        if not layer.open or new > layer.config.flush:
+        if layer.tokens is None or new > layer.config.flush:
             self._undo.append((layer.index, layer, layer.snapshot()))
 
     @staticmethod
     def _overflows(layer: LeanKVLayer, new: int) -> bool:
-        if layer.window is None or layer.fill is None:
-            return False
-        return new <= layer.config.flush and layer.fill.most + new > layer.window.capacity
+        return layer.tokens is not None and layer.tokens.capacity_left < new <= layer.config.flush
 
     def _check_complete(self, layers: list[LeanKVLayer]) -> None:
         for layer in layers:
@@ -158,12 +169,14 @@ class LeanKVCache(DynamicCache):
         Raises:
             OutOfPages: the pages cannot be had; nothing has changed.
         """
-        layers = [layer for layer in self.lean_layers if layer.open]
-        plans = [layer.plan_flush() for layer in layers]
-        for device, pool in self._pools.items():
-            self.reserve(pool, [(la.packed, plan[0]) for la, plan in zip(layers, plans, strict=True) if la.packed.pool.device == device], FLUSH_SLACK)
-        for layer, plan in zip(layers, plans, strict=True):
-            layer.apply_flush(*plan)
+        planned = [(tokens, plan_flush(tokens)) for tokens in self.compressed]
+        for pool in self.pools:
+            work = [(tokens.packed, flush.plan) for tokens, flush in planned if tokens.packed.pool is pool]
+            self.reserve(pool, work, FLUSH_SLACK)
+        for layer in self.lean_layers:
+            layer.generation += 1
+        for tokens, flush in planned:
+            apply_flush(tokens, flush)
         self._flush_due = False
 
     def request_flush(self) -> None:
@@ -204,47 +217,10 @@ class LeanKVCache(DynamicCache):
             self._page_tokens = self.config.page_tokens or (32 if small else 64)
         return self._page_tokens
 
-    def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
-        """Which of the newest `new` tokens are real, bool [batch, new]; None for all. Worked out once per mask."""
-        if mask is None:
-            return None
-        if self._valid[0] is not mask or self._valid[1] != new:
-            last = mask[:, :, -1, -new:]  # [batch, 1 or heads, new]
-            seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-            valid = seen.any(1)
-            self._valid = (mask, new, None if bool(valid.all()) else valid)
-        return self._valid[2]
-
-    def empty_fill(self, batch: int, device: torch.device) -> Fill:
-        """The empty window, one object for all layers of a device."""
-        return self._shared(("empty", device), (batch,), lambda: Fill.none(batch, device))
-
-    def advanced(self, fill: Fill, new: int, valid: Tensor | None) -> Fill:
-        """`advance`, one object for all layers of a step."""
-        return self._shared(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
-
-    def left(self, fill: Fill, leaving: Tensor, window: int) -> Fill:
-        """`leave`, one object for all layers of a flush."""
-        return self._shared(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
-
-    def cropped(self, fill: Fill, remove: int) -> Fill:
-        """`crop_fill`, one object for all layers."""
-        return self._shared(("crop", fill.counts.device), (fill, remove), lambda: crop_fill(fill, remove))
-
-    def selected(self, fill: Fill, index: Tensor) -> Fill:
-        """`select_fill`, one object for all layers."""
-        return self._shared(("select", fill.counts.device), (fill, index), lambda: select_fill(fill, index))
-
-    def _shared(self, name: tuple, key: tuple, make: Any) -> Fill:
-        known = self._fills.get(name)
-        if known is None or any(a is not b and not (isinstance(a, int) and a == b) for a, b in zip(known[0], key, strict=True)):
-            known = self._fills[name] = (key, make())
-        return known[1]
-
     def keep_plain(self, layer: LeanKVLayer, native: Any, reason: str) -> tuple[Tensor, Tensor]:
         """Swap one of transformers' own layers in for a layer that cannot be compressed -> its plain keys and values."""
         chunk = layer.pending
-        assert chunk is not None and not layer.open
+        assert chunk is not None and layer.tokens is None
         if self._recording and hasattr(native, "activate_past_recording"):
             native.activate_past_recording()
         self.layers[layer.index] = native
@@ -260,15 +236,8 @@ class LeanKVCache(DynamicCache):
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
-    def fixed_bytes(self, layer: LeanKVLayer) -> int:
-        """Bytes of a layer that no choice of tiers changes: window, queries, tables, and its part of unfilled chunks."""
-        assert layer.packed is not None and layer.window is not None
-        pool = layer.packed.pool
-        chunks = pool.chunk_bytes * layer.packed.tiers // max(self.layer_count or len(self.layers), 1)
-        return layer.unpaged_bytes + chunks
-
     def _unpaged_bytes(self, device: torch.device) -> int:
-        return sum(layer.unpaged_bytes for layer in self.lean_layers if layer.open and layer.device == device)
+        return sum(tokens.unpaged_bytes for tokens in self.compressed if tokens.device == device)
 
     def report(self) -> Report:
         """Physical bytes, ratio, tiers and bytes per layer and head; printed, it is a table."""
@@ -277,7 +246,9 @@ class LeanKVCache(DynamicCache):
     # ---- transformers' calls ---------------------------------------------------------------------------------------
 
     def __iter__(self) -> Any:
-        raise TypeError("a LeanKVCache cannot be read as (keys, values) pairs: its tokens are packed; use cache.report() or cache.layers")
+        raise TypeError(
+            "a LeanKVCache cannot be read as (keys, values) pairs: its tokens are packed; use cache.report() or cache.layers"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, whatever is kept of them."""
@@ -323,26 +294,21 @@ class LeanKVCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        lean = [layer for layer in self.lean_layers if layer.open]
-        batch = lean[0].fill.counts.numel() if lean else 0
-        index = torch.arange(batch).repeat_interleave(repeats)
+        held = self.compressed
+        index = torch.arange(held[0].fill.batch if held else 0).repeat_interleave(repeats)
         self._select(index, lambda layer: layer.batch_repeat_interleave(repeats))
 
-    def _select(self, index: Tensor, plain: Any) -> None:
-        lean = [layer for layer in self.lean_layers if layer.open]
-        if lean and torch.equal(index.cpu(), torch.arange(lean[0].fill.counts.numel())):
+    def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
+        """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
+        held = self.compressed
+        if held and torch.equal(index.cpu(), torch.arange(held[0].fill.batch)):
             return
-        for device, pool in self._pools.items():
-            own = [layer.packed for layer in lean if layer.device == device]
-            heads = own[0].rows // lean[0].fill.counts.numel() if own else 1
-            self._reserve_growth(pool, [(p, p.select_demand(head_rows(index.to(device), heads))) for p in own], FLUSH_SLACK)
-        for layer in lean:
-            layer.select(index.to(layer.device))
+        for pool in self.pools:
+            own = [tokens for tokens in held if tokens.packed.pool is pool]
+            growth = [(t.packed, t.packed.select_demand(t.rows_of(index.to(pool.device)))) for t in own]
+            self._reserve_growth(pool, growth, FLUSH_SLACK)
         for layer in self.layers:
-            if not isinstance(layer, LeanKVLayer):
+            if isinstance(layer, LeanKVLayer):
+                layer.select(index)
+            else:
                 plain(layer)
-
-
-def head_rows(index: Tensor, heads: int) -> Tensor:
-    """Sequence indices [n] -> row indices [n * heads] of their KV heads."""
-    return (index[:, None] * heads + torch.arange(heads, device=index.device)).flatten()

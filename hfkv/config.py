@@ -18,7 +18,16 @@ MAX_LAYERS = 1024
 Tier = tuple[int, int] | str
 """(key bits, value bits), or `"exact"` for the model's own dtype."""
 
-OVERRIDABLE = ("tiers", "high_share", "keep_share", "alpha_high", "alpha_low", "rotate_keys", "rotate_values", "shift_keys")
+OVERRIDABLE = (
+    "tiers",
+    "high_share",
+    "keep_share",
+    "alpha_high",
+    "alpha_low",
+    "rotate_keys",
+    "rotate_values",
+    "shift_keys",
+)
 
 
 def _fail(field: str, value: object, allowed: str) -> None:
@@ -44,7 +53,7 @@ class LeanKVConfig:
         rotation_seed: seed of the orthogonal matrix for head dimensions without a Hadamard matrix.
         shift_keys: subtract a per-head mean key before coding; None means: with two tiers.
         codec: `"fitted"` (one-byte metadata, fitted 2- and 3-bit codes) or `"minmax"` (as published: fp16 scale and zero).
-        page_tokens: tokens per page, 32 or 64; None takes 32 where half-filled 64-token pages would waste over 1 %.
+        page_tokens: tokens per page, 32 or 64; None: 32 where half-filled pages of 64 would waste over 1 %.
         max_bytes: upper limit of the physical bytes per device; `OutOfPages` is raised beyond it.
         layers: overrides by layer index, `{3: {"tiers": [(8, 4), (4, 3)]}}`; fields: see `OVERRIDABLE`.
 
@@ -82,14 +91,12 @@ class LeanKVConfig:
         if self._choice() == "shares":
             put(self, "high_share", 0.10 if self.high_share is None and len(self.tiers) == 2 else self.high_share)
             put(self, "keep_share", 1.0 if self.keep_share is None else self.keep_share)
-            if self.high_share is not None and self.high_share > self.keep_share:
-                _fail("high_share", self.high_share, f"at most keep_share = {self.keep_share}, since high tokens are kept")
+            self._check_order("high_share", self.high_share, "keep_share", self.keep_share)
         if self._choice() == "alpha":
             put(self, "alpha_low", 0.0 if self.alpha_low is None else self.alpha_low)
             if self.alpha_high is None and len(self.tiers) == 2:
-                _fail("alpha_high", None, "a number with two tiers, since alpha_low alone does not say which tokens are high")
-            if self.alpha_high is not None and self.alpha_low > self.alpha_high:
-                _fail("alpha_low", self.alpha_low, f"at most alpha_high = {self.alpha_high}")
+                _fail("alpha_high", None, "a number with two tiers: alpha_low alone does not say which tokens are high")
+            self._check_order("alpha_low", self.alpha_low, "alpha_high", self.alpha_high)
         if self.shift_keys is None:
             put(self, "shift_keys", len(self.tiers) == 2)
         put(self, "layers", _checked_layers(self))
@@ -124,7 +131,9 @@ class LeanKVConfig:
             ValueError: the name is not one of `exact`, `k8v4`, `balanced`, `aggressive`, `paper`.
         """
         if name not in PRESETS:
-            raise ValueError(f"LeanKVConfig.preset({name!r}): there is no such preset, choose from {', '.join(PRESETS)}")
+            raise ValueError(
+                f"LeanKVConfig.preset({name!r}): there is no such preset, choose from {', '.join(PRESETS)}"
+            )
         fields = dict(PRESETS[name])
         if any(field in changes for field in CHOICE_FIELDS):
             fields = {k: v for k, v in fields.items() if k not in CHOICE_FIELDS}
@@ -133,7 +142,11 @@ class LeanKVConfig:
     def to_json(self) -> str:
         """This config as JSON text, readable by `from_json`."""
         if self.policy is not None:
-            _fail("policy", self.policy, "a config with a policy of your own cannot be written as JSON; write its fields instead")
+            _fail(
+                "policy",
+                self.policy,
+                "a config with a policy of your own cannot be written as JSON; write its fields instead",
+            )
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "policy"}
         fields["layers"] = {str(index): dict(over) for index, over in self.layers.items()}
         return json.dumps(fields, indent=1)
@@ -152,13 +165,17 @@ class LeanKVConfig:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"LeanKVConfig.from_json: not JSON ({error}); give the text or the path of a JSON file") from error
+            raise ValueError(
+                f"LeanKVConfig.from_json: not JSON ({error}); give the text or the path of a JSON file"
+            ) from error
         if not isinstance(fields, dict):
             raise ValueError(f"LeanKVConfig.from_json: a JSON object is needed, not {type(fields).__name__}")
         known = {f.name for f in dataclasses.fields(cls)} - {"policy"}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise ValueError(f"LeanKVConfig.from_json: unknown field {unknown[0]!r}, allowed are {', '.join(sorted(known))}")
+            raise ValueError(
+                f"LeanKVConfig.from_json: unknown field {unknown[0]!r}, allowed are {', '.join(sorted(known))}"
+            )
         layers = fields.pop("layers", {})
         if not isinstance(layers, dict):
             _fail("layers", layers, "an object from layer index to overrides")
@@ -180,7 +197,9 @@ class LeanKVConfig:
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 _fail(field, value, f"an integer >= {low}")
-        if self.max_bytes is not None and (isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1):
+        if self.max_bytes is not None and (
+            isinstance(self.max_bytes, bool) or not isinstance(self.max_bytes, int) or self.max_bytes < 1
+        ):
             _fail("max_bytes", self.max_bytes, "a positive number of bytes, or None for no limit")
         _check_range("high_share", self.high_share, 0.0, 1.0)
         _check_range("keep_share", self.keep_share, 0.0, 1.0, open_low=True)
@@ -197,13 +216,22 @@ class LeanKVConfig:
         given = [group for group in groups if group]
         if len(given) > 1 or len(groups[2]) > 1:
             names = [field for group in given for field in group]
-            _fail(names[-1], getattr(self, names[-1]), f"{' and '.join(names)} exclude each other: shares, alphas, budget or policy")
+            _fail(
+                names[-1],
+                getattr(self, names[-1]),
+                f"{' and '.join(names)} exclude each other: shares, alphas, budget or policy",
+            )
         if self.policy is not None and not callable(self.policy):
             _fail("policy", self.policy, "a function of hfkv.policy.Candidates")
         if len(self.tiers) == 1:
             for field in ("high_share", "alpha_high"):
                 if getattr(self, field) is not None:
                     _fail(field, getattr(self, field), f"None, since tiers = {self.tiers!r} has only one tier")
+
+    @staticmethod
+    def _check_order(lesser: str, low: float | None, greater: str, high: float | None) -> None:
+        if low is not None and high is not None and low > high:
+            _fail(lesser, low, f"at most {greater} = {high}")
 
     def _check_coding(self) -> None:
         if self.codec not in CODECS:
@@ -224,7 +252,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "k8v4": dict(tiers=((8, 4),)),
     "balanced": dict(high_share=0.10, keep_share=1.0),
     "aggressive": dict(high_share=0.03, keep_share=0.65),
-    "paper": dict(alpha_high=1.0, alpha_low=0.02, rotate_keys=False, rotate_values=False, shift_keys=False, codec="minmax"),
+    "paper": dict(
+        alpha_high=1.0, alpha_low=0.02, rotate_keys=False, rotate_values=False, shift_keys=False, codec="minmax"
+    ),
 }
 
 

@@ -36,7 +36,9 @@ def enable(model: PreTrainedModel, config: LeanKVConfig | None = None) -> PreTra
     if config is not None and not isinstance(config, LeanKVConfig):
         raise TypeError(f"hfkv.enable needs a LeanKVConfig, not {type(config).__name__}")
     if not hasattr(model, _HOOK):
-        raise TypeError(f"{type(model).__name__} has no generate(): give hfkv.enable the model class with the language-model head")
+        raise TypeError(
+            f"{type(model).__name__} has no generate(): give hfkv.enable the model class with the language-model head"
+        )
     if model._can_set_attn_implementation():
         _refuse_config(model.config)
     config = config if config is not None else LeanKVConfig()
@@ -44,7 +46,9 @@ def enable(model: PreTrainedModel, config: LeanKVConfig | None = None) -> PreTra
     previous = before[1] if before is not None else _implementation(model)
     _switch(model, NAME)
     if _implementation(model) != NAME:
-        logger.warning("%s keeps attn_implementation=%r: its cache is not compressed", type(model).__name__, _implementation(model))
+        logger.warning(
+            "%s keeps attn_implementation=%r: its cache is not compressed", type(model).__name__, _implementation(model)
+        )
     model.__dict__[_SETTINGS] = (config, previous)
     model.__dict__[_HOOK] = types.MethodType(_prepare_cache, model)
     return model
@@ -74,7 +78,7 @@ def _switch(model: PreTrainedModel, name: str) -> None:
 
 
 def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
-    """`_prepare_cache_for_generation` of an enabled model: a fresh LeanKVCache where transformers would make its own."""
+    """`_prepare_cache_for_generation` of an enabled model: a fresh LeanKVCache where transformers makes its own."""
     config, _ = self.__dict__[_SETTINGS]
     wanted = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
     dynamic = generation_config.cache_implementation in (None, "dynamic") and self._supports_default_dynamic_cache()
@@ -82,7 +86,7 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict, *args:
     if not (wanted and dynamic):
         return original(self, generation_config, model_kwargs, *args, **kwargs)
     own: Any = LeanKVCache(config, model_config=self.config)
-    cache = EncoderDecoderCache(own, DynamicCache()) if self.config.is_encoder_decoder else own
+    cache: Any = EncoderDecoderCache(own, DynamicCache()) if self.config.is_encoder_decoder else own
     model_kwargs["past_key_values"] = cache
     generation_config.cache_implementation = None
     result = original(self, generation_config, model_kwargs, *args, **kwargs)

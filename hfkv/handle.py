@@ -52,11 +52,12 @@ class Chunk:
 class KVHandle(Tensor):
     """Keys or values of a layer: the logical shape [batch, kv_heads, seen tokens, dim] without storage.
 
-    The `leankv` attention function reads `handle.chunk`. Any other operation asks the layer for plain tensors: at the
-    first chunk the layer then becomes a DynamicLayer of transformers, later it raises, since packed tokens have no order.
+    The `leankv` attention function reads `handle.source`. Any other operation asks the layer for plain tensors: at
+    the first chunk the layer then becomes a DynamicLayer of transformers, later it raises, since packed tokens have no
+    order.
     """
 
-    chunk: Chunk
+    source: Chunk
     side: str
 
     @staticmethod
@@ -66,15 +67,15 @@ class KVHandle(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=own.dtype, device=own.device, requires_grad=False)
 
     def __init__(self, chunk: Chunk, side: str, tokens: int) -> None:
-        self.chunk, self.side = chunk, side
+        self.source, self.side = chunk, side
 
     def plain(self) -> Tensor:
         """This side as a plain tensor."""
-        k, v = self.chunk.layer.materialise(self.chunk)
+        k, v = self.source.layer.materialise(self.source)
         return k if self.side == "k" else v
 
-    def __repr__(self, **_: Any) -> str:
-        return f"KVHandle({self.side}, layer {self.chunk.layer.index}, shape={tuple(self.shape)}, dtype={self.dtype})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"KVHandle({self.side}, layer {self.source.layer.index}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,11 +87,13 @@ class KVHandle(Tensor):
             return args[0]
         name = getattr(func, "__name__", str(func))
         if func in _FORBIDDEN or (name.endswith("_") and not name.startswith("__")):
-            raise RuntimeError(f"{name} on a cache handle: the keys and values live packed in LeanKVCache, read them through attention only")
+            raise RuntimeError(
+                f"{name} on a cache handle: keys and values live packed in LeanKVCache, read them through attention only"
+            )
         return func(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*_plain(args), **{key: _plain(value) for key, value in (kwargs or {}).items()})
 
 

@@ -81,7 +81,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Shares:
-    """The `high` most significant tokens of a layer and sequence are high, the `keep` most significant are kept at all."""
+    """Of a layer's and sequence's tokens the share `high` is high, the share `keep` is kept, by significance."""
 
     high: float | None
     keep: float
@@ -113,10 +113,14 @@ class Budget:
         least = self.high_least
         spread = self._largest(c, allowed, lambda share: (seen * (share * self.high_most), seen))
         fits = self._bytes(c, by_quota(c, (seen * 0).long(), seen.long())) <= allowed  # [batch]: all low fits
-        pruned = self._largest(c, allowed, lambda share: (seen * torch.minimum(share, share.new_tensor(least)), seen * share))
+        pruned = self._largest(
+            c, allowed, lambda share: (seen * torch.minimum(share, share.new_tensor(least)), seen * share)
+        )
         return torch.where(fits[:, None, None], spread, pruned)
 
-    def _largest(self, c: Candidates, allowed: Tensor, quota: Callable[[Tensor], tuple[Tensor | None, Tensor]]) -> Tensor:
+    def _largest(
+        self, c: Candidates, allowed: Tensor, quota: Callable[[Tensor], tuple[Tensor | None, Tensor]]
+    ) -> Tensor:
         """Bisect each sequence's share in [0, 1] for the largest one whose pages fit."""
         low, high = torch.zeros_like(allowed), torch.ones_like(allowed)
         for step in range(13):

@@ -82,7 +82,7 @@ class Codec:
     @classmethod
     def of(cls, tier: Tier, side: str, dim: int, dtype: torch.dtype, scheme: str) -> Codec:
         """The codec of a tier's keys (`side="key"`) or values under `LeanKVConfig.codec`."""
-        if tier == EXACT:
+        if isinstance(tier, str):
             return cls(0, dim, "exact", dtype=dtype)
         bits = tier[0] if side == "key" else tier[1]
         if scheme == "minmax":
@@ -142,7 +142,9 @@ def _scale_to_byte(scale: Tensor, source: Tensor, round_up: bool) -> Tensor:
     code = (code.ceil() if round_up else code.round()).add_(SCALE_BIAS)
     if code.numel() and code.max() > 255:
         largest = source.abs().max().item()
-        raise ValueError(f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use LeanKVConfig(codec='minmax')")
+        raise ValueError(
+            f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use LeanKVConfig(codec='minmax')"
+        )
     return code.clamp_(1, 255).to(torch.uint8)
 
 
@@ -173,7 +175,9 @@ def _minmax(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero = ((high - low) / top).half(), low.half()
     _check_finite(low + high, x)
     if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
-        raise ValueError(f"a vector with an entry of {x.abs().max().item():.4g} is beyond fp16 metadata: use a tier of {EXACT!r}")
+        raise ValueError(
+            f"a vector with an entry of {x.abs().max().item():.4g} is beyond fp16 metadata: use a tier of {EXACT!r}"
+        )
     levels = ((x - zero.float()[:, None]) / scale.float().clamp_min(1e-12)[:, None]).round_().clamp_(0, top)
     return levels, scale, zero
 
@@ -181,7 +185,9 @@ def _minmax(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check_finite(summary: Tensor, source: Tensor) -> None:
     if not bool(torch.isfinite(summary).all()):
         bad = int((~torch.isfinite(source)).sum())
-        raise ValueError(f"keys or values hold {bad} NaN or infinite entries: nothing was stored; check the model's output and dtype")
+        raise ValueError(
+            f"keys or values hold {bad} NaN or infinite entries: nothing was stored; check the model's output and dtype"
+        )
 
 
 # ---- bits to bytes -----------------------------------------------------------------------------------------------

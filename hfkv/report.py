@@ -14,7 +14,7 @@ from hfkv.config import EXACT, Tier
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
-    from hfkv.layer import LeanKVLayer
+    from hfkv.tokens import LayerTokens
 
 PRUNED, LOW, HIGH, WINDOW = 0, 1, 2, 3
 """Entries of a tier map."""
@@ -96,7 +96,11 @@ class Report:
             f"LeanKVCache: {self.tokens:,} tokens, {len(compressed)} of {len(self.layers)} layers compressed, backend {self.backend}",
             f"  physical {_size(self.physical_bytes)} of {_size(self.exact_bytes)} exact: ratio {self.ratio:.3f}, {self.compression:.2f}x smaller",
         ]
-        lines += [f"  {name.replace('_', ' '):<11}{_size(size):>11}  {size / max(self.physical_bytes, 1):6.1%}" for name, size in self.bytes.items() if size]
+        lines += [
+            f"  {name.replace('_', ' '):<11}{_size(size):>11}  {size / max(self.physical_bytes, 1):6.1%}"
+            for name, size in self.bytes.items()
+            if size
+        ]
         if self.plain_bytes:
             lines.append(f"  not compressed beside it: {_size(self.plain_bytes)}")
         for reason, layers in _grouped(layer for layer in self.layers if layer.reason is not None).items():
@@ -130,7 +134,9 @@ def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
     """
     layer = cache.layers[layer_idx]
     if not getattr(layer, "open", False):
-        raise ValueError(f"layer {layer_idx} is not compressed: {cache.plain_reasons.get(layer_idx, 'it has no tokens yet')}")
+        raise ValueError(
+            f"layer {layer_idx} is not compressed: {cache.plain_reasons.get(layer_idx, 'it has no tokens yet')}"
+        )
     packed, fill = layer.packed, layer.fill
     batch, heads = fill.counts.numel(), layer.window.k.shape[1]
     tiers = torch.zeros(batch * heads, layer.seen + 1, dtype=torch.uint8)  # the last column takes what is no token
@@ -149,13 +155,12 @@ def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
 
 def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
     kind = type(layer).__name__
-    if not getattr(layer, "open", False):
+    held: LayerTokens | None = getattr(layer, "tokens", None)
+    if held is None:
         return LayerReport(index, kind, False, cache.plain_reasons.get(index))
-    lean: LeanKVLayer = layer
-    packed, window, fill = lean.packed, lean.window, lean.fill
-    assert packed is not None and window is not None and fill is not None
-    batch, heads = fill.counts.numel(), window.k.shape[1]
-    names = tuple(tier_name(tier) for tier in lean.config.tiers)
+    packed, window, fill = held.packed, held.window, held.fill
+    batch, heads = fill.batch, window.heads
+    names = tuple(tier_name(tier) for tier in held.config.tiers)
     lengths = packed.table.lengths.view(batch, heads, 2).long().cpu()
     counts = [packed.page_counts(t).view(batch, heads).cpu() for t in range(packed.tiers)]
     tokens, codes, metadata, free = {}, 0, 0, 0
@@ -176,11 +181,13 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
         "metadata": metadata,
         "free_slots": free,
         "window": window.nbytes,
-        "queries": 0 if lean.queries is None else lean.queries.nbytes,
+        "queries": held.queries.nbytes,
         "tables": packed.metadata_bytes,
     }
     exact = int(real.sum()) * heads * (window.k.shape[3] + window.v.shape[3]) * window.k.element_size()
-    return LayerReport(index, kind, True, None, names, lean.rotations, tokens, parts, head_bytes, sum(parts.values()), exact)
+    return LayerReport(
+        index, kind, True, None, names, held.rotations, tokens, parts, head_bytes, sum(parts.values()), exact
+    )
 
 
 def tier_name(tier: Tier) -> str:
@@ -219,6 +226,8 @@ def _table(layers: list[LayerReport]) -> list[str]:
     names = list(dict.fromkeys(name for layer in layers for name in layer.tokens))
     lines = ["  tokens per head  " + "".join(f"{name:>10}" for name in names) + "     ratio"]
     for layer in layers:
-        means = "".join(f"{layer.tokens[name].float().mean():10.1f}" if name in layer.tokens else " " * 10 for name in names)
+        means = "".join(
+            f"{layer.tokens[name].float().mean():10.1f}" if name in layer.tokens else " " * 10 for name in names
+        )
         lines.append(f"  layer {layer.index:<11}{means}{layer.physical_bytes / max(layer.exact_bytes, 1):10.3f}")
     return lines

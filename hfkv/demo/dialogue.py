@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
 from .measures import equal_tokens
@@ -11,19 +13,28 @@ _READY = "I have read the documents."
 _LABELS = {"user": "Question: ", "assistant": "Answer: "}
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the user asks, and how the answer begins, where a small model is helped to stay on the subject."""
+
+    text: str
+    begun: str = ""
+
+
 class Dialogue:
     """A document and the questions about it.
 
     `prompt` is what all the questions have in common, so it holds nothing of them; `questions[i]` follows it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, document: str, questions: list[str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, document: str, questions: list[Question]):
         opening = [f"{_ASK}\n\n{document}", _READY]
         other = render(tokenizer, [*opening, "?"])
-        asked = [render(tokenizer, [*opening, question]) for question in questions]
+        asked = [render(tokenizer, [*opening, question.text]) for question in questions]
         common = min(equal_tokens(ids, other) for ids in asked)
         self.prompt: list[int] = other[:common]
-        self.questions: list[list[int]] = [ids[common:] for ids in asked]
+        begun = [tokenizer(question.begun, add_special_tokens=False)["input_ids"] for question in questions]
+        self.questions: list[list[int]] = [ids[common:] + start for ids, start in zip(asked, begun, strict=True)]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[int]:

@@ -25,14 +25,14 @@ class Agreement:
     tokens: int
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fill(model: PreTrainedModel, ids: list[int], cache: Cache) -> Cache:
     """Run the prompt through the model, so that `cache` holds it (and has compressed it); returns `cache`."""
     model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=1)
     return cache
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forced_logits(model: PreTrainedModel, cache: Cache, ids: list[int]) -> torch.Tensor:
     """Logits after each of `ids`, which are given behind what `cache` holds: [len(ids), vocab], float32.
 

@@ -17,12 +17,12 @@ from hfkv import LeanKVCache, LeanKVConfig
 
 from . import picture, show, smollm2
 from .contest import EXACT, Contender, Contest, Lengths, Outcome, Talk
-from .dialogue import Dialogue, next_turn
+from .dialogue import Dialogue, Question, next_turn
 from .texts import Note, noted_texts
 
 PRESETS = ("k8v4", "balanced", "aggressive", "paper")
 _NOTES = 6
-_SEED = 1
+_SEED = 9
 _CHAT = ("Name one Python function from the documents and say what it does.", "Why would a programmer use it?")
 _OWN_CHAT = ("What is this text about?", "What is its most important point?")
 
@@ -35,7 +35,7 @@ class Demo:
     tokenizer: PreTrainedTokenizerBase
     name: str
     talk: Talk
-    questions: list[str]
+    questions: list[Question]
     notes: tuple[Note, ...]
     turns: list[str]
     contenders: list[Contender]
@@ -51,10 +51,10 @@ def prepare(args: argparse.Namespace) -> Demo:
     if torch.cuda.is_available():
         model.cuda()
     document, notes = _document(args, tokenizer)
-    questions = [note.question for note in notes] or args.question
+    questions = [Question(note.question, note.answer) for note in notes] or [Question(text) for text in args.question]
     turns = list(_OWN_CHAT if args.prompt_file else _CHAT)
     lengths = Lengths(chat=24 if args.quick else 60)
-    dialogue = Dialogue(tokenizer, document, [*questions, turns[0]])
+    dialogue = Dialogue(tokenizer, document, [*questions, Question(turns[0])])
     talk = Talk(dialogue, next_turn(tokenizer, turns[1]), lengths)
     _check_positions(model, talk)
     return Demo(model, tokenizer, args.model, talk, questions, notes, turns, contenders, Path(args.out))
@@ -67,7 +67,9 @@ def run(demo: Demo) -> None:
     contest = Contest(demo.model, demo.tokenizer, demo.talk)
     outcomes = [contest.run(contender) for contender in demo.contenders]
     if demo.questions:
-        show.heading("Questions, asked after the prompt was compressed, each on a fork of the same cache")
+        show.heading(
+            "Questions, asked after the prompt was compressed, each on a fork of the same cache (the answer is begun for the model)"
+        )
         for number, question in enumerate(demo.questions):
             show.answers(question, demo.notes[number] if demo.notes else None, number, outcomes)
     show.heading("A chat that goes on with the same cache")

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 from .contest import Outcome
+from .dialogue import Question
 from .texts import Note
 
 _WIDTH = 118
@@ -22,13 +23,13 @@ def heading(text: str) -> None:
     print(f"\n{_styled(text, '1;36')}")
 
 
-def answers(question: str, note: Note | None, number: int, outcomes: list[Outcome]) -> None:
+def answers(question: Question, note: Note | None, number: int, outcomes: list[Outcome]) -> None:
     """One question with every cache's answer; with a note, whether the answer has the hidden value."""
     hidden = f"   [hidden: {note.sentence}]" if note else ""
-    print(f"\n  {_styled(question, '1')}{_styled(hidden, '2')}")
+    print(f"\n  {_styled(question.text, '1')}{_styled(hidden, '2')}")
     for outcome in outcomes:
         answer = outcome.answers[number]
-        print(f"    {outcome.name:<13}{_mark(note, answer)} {_one_line(answer, _WIDTH - 22)}")
+        print(f"    {outcome.name:<13}{_mark(note, answer)} {_one_line(f'{question.begun} {answer}', _WIDTH - 22)}")
 
 
 def chat(turns: list[str], outcomes: list[Outcome]) -> None:

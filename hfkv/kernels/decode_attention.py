@@ -61,7 +61,9 @@ class WorkList:
     value_dim: int
 
 
-def attend_pages(work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, values: bool = True) -> Partial:
+def attend_pages(
+    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, values: bool = True
+) -> Partial:
     """Attention over packed tokens: q float32 [rows, queries, key_dim], rotated and scaled -> Partial (rotated values).
 
     `constant` [rows, queries] is added to every logit of a query (its product with the mean key). Without `values` only
@@ -84,7 +86,9 @@ def attend_pages(work: WorkList, q: Tensor, constant: Tensor | None, softcap: fl
     return total
 
 
-def attention_received(work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, lse: Tensor, groups: int) -> list[Tensor]:
+def attention_received(
+    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, lse: Tensor, groups: int
+) -> list[Tensor]:
     """Mean probability that every packed token receives, largest over the GQA group; float32 [pages, tokens] per block.
 
     Args:
@@ -98,7 +102,9 @@ def attention_received(work: WorkList, q: Tensor, constant: Tensor | None, softc
     return received
 
 
-def _block_logits(work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None) -> Iterator[tuple[PageBlock, Tensor, Tensor]]:
+def _block_logits(
+    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
+) -> Iterator[tuple[PageBlock, Tensor, Tensor]]:
     """Per block: its bytes and the logits [pages, queries, tokens] of its owners' queries, -inf in free slots."""
     total = q.sum(-1, keepdim=True)  # [rows, queries, 1]
     for block in work.blocks:

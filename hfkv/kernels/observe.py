@@ -39,7 +39,11 @@ def received_exact(
         sees = visible if visible.shape[0] == 1 else visible[part]
         logits = cap(torch.bmm(q[part], k[part].float().transpose(1, 2)), softcap)
         logits = logits.unflatten(1, (groups, -1)).masked_fill_(~sees[:, None], float("-inf"))
-        total = _lse(logits, None if sinks is None else sinks[part]) if lse is None else lse[part].unflatten(1, (groups, -1))
+        total = (
+            _lse(logits, None if sinks is None else sinks[part])
+            if lse is None
+            else lse[part].unflatten(1, (groups, -1))
+        )
         p = logits.sub_(total[..., None]).exp_().masked_fill_(~sees[:, None], 0.0)
         count = seen_by if seen_by.shape[0] == 1 else seen_by[part]
         received[part] = (p.sum(2) / count[:, None]).amax(1)

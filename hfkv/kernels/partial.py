@@ -44,8 +44,9 @@ def merge(parts: list[Partial], sinks: Tensor | None = None) -> Partial:
     if sinks is not None:
         top = torch.maximum(top, sinks)
     weights = [torch.exp(part.top - top) for part in parts]
-    mass = sum(part.mass * weight for part, weight in zip(parts, weights, strict=True))
-    acc = sum(part.acc * weight[..., None] for part, weight in zip(parts, weights, strict=True))
+    mass, acc = parts[0].mass * weights[0], parts[0].acc * weights[0][..., None]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        mass, acc = mass + part.mass * weight, acc + part.acc * weight[..., None]
     if sinks is not None:
         mass = mass + torch.exp(sinks - top)
     return Partial(acc, top, mass)

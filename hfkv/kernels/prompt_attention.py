@@ -54,7 +54,16 @@ def lower_right(queries: int, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device) <= last
 
 
-def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Scores by blocks of queries, for what SDPA does not know: a softcap and sinks."""
     groups, tokens = q.shape[1] // k.shape[1], k.shape[2]
     k, v = repeat_heads(k, groups).float(), repeat_heads(v, groups).float()
@@ -67,7 +76,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool,
             logits = logits.masked_fill(~lower_right(part.shape[2], end, q.device), float("-inf"))
         if mask is not None:
             own = mask[..., first : first + part.shape[2], :] if mask.shape[-2] > 1 else mask
-            logits = logits.masked_fill(~own, torch.finfo(torch.float32).min) if own.dtype == torch.bool else logits + own
+            logits = (
+                logits.masked_fill(~own, torch.finfo(torch.float32).min) if own.dtype == torch.bool else logits + own
+            )
         if sinks is not None:
             column = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
             logits = torch.cat([logits, column], -1)

@@ -36,11 +36,13 @@ class Basis:
         return v if self.value is None else v @ self.value.T
 
     def constant(self, q: Tensor) -> Tensor | None:
-        """What the subtracted mean takes from every logit: q [rows, queries, D], rotated and scaled -> [rows, queries]."""
+        """What subtracting the mean takes from every logit: rotated, scaled q [rows, queries, D] -> [rows, queries]."""
         return None if self.mean is None else torch.bmm(q, self.mean[..., None]).squeeze(-1)
 
 
-def pack_tokens(layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor, score: Tensor, birth: Tensor) -> Tokens:
+def pack_tokens(
+    layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor, score: Tensor, birth: Tensor
+) -> Tokens:
     """Code tokens k [n, D], v [n, Dv] of the heads `row` [n]; score float [n], birth int [n].
 
     Raises:

@@ -17,9 +17,12 @@ from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
 
 @dataclass
 class Incoming:
-    """Exact tokens that leave the window: k [rows, n, D], v [rows, n, Dv], score float [rows, n], birth int64 [rows, n].
+    """Exact tokens that leave the window.
 
-    Slots of shorter rows are marked by `valid` [rows, n] = False.
+    Attributes:
+        k, v: [rows, n, D or Dv].
+        score: float [rows, n]; birth: int64 [rows, n].
+        valid: bool [rows, n], False in what shorter rows do not have.
     """
 
     k: Tensor
@@ -126,7 +129,9 @@ class PackedLayer:
                     sources.append((rows, words[a - start : b - start], a - first, b - first))
             part = slice(first, last)
             full = bool((filled[part] == layout.tokens).all())
-            blocks.append(PageBlock(layout, tuple(sources), row[part], index[part], None if full else bias[part].clone()))
+            blocks.append(
+                PageBlock(layout, tuple(sources), row[part], index[part], None if full else bias[part].clone())
+            )
         return blocks
 
     def per_slot(self, blocks_values: list[Tensor]) -> list[Tensor]:
@@ -165,7 +170,10 @@ class PackedLayer:
             scores: new scores of the stored tokens, per tier [rows, slots].
         """
         widths = [s.shape[1] for s in scores]
-        parts, now = target.split([*widths, target.shape[1] - sum(widths)], 1), current.split([*widths, target.shape[1] - sum(widths)], 1)
+        parts, now = (
+            target.split([*widths, target.shape[1] - sum(widths)], 1),
+            current.split([*widths, target.shape[1] - sum(widths)], 1),
+        )
         stay = [(now[t] != EMPTY) & (parts[t] == (HIGH, LOW)[t]) for t in range(self.tiers)]
         demoted = (now[0] != EMPTY) & (parts[0] == LOW) if self.tiers == 2 else None
         entering = [(now[-1] == NEW) & (parts[-1] == (HIGH, LOW)[t]) for t in range(self.tiers)]
@@ -185,7 +193,13 @@ class PackedLayer:
         for layout, entering in zip(self.layouts, plan.entering, strict=True):
             row, column = entering.nonzero(as_tuple=True)
             tokens = pack_tokens(
-                layout, self.basis, incoming.k[row, column], incoming.v[row, column], row, incoming.score[row, column], incoming.birth[row, column]
+                layout,
+                self.basis,
+                incoming.k[row, column],
+                incoming.v[row, column],
+                row,
+                incoming.score[row, column],
+                incoming.birth[row, column],
             )
             coded.append(tokens)
         return coded
@@ -193,9 +207,11 @@ class PackedLayer:
     def apply(self, plan: Compaction, coded: list[Tokens]) -> None:
         """Do what was planned; the pool must have room for it."""
         entering = [e.sum(1) for e in plan.entering]
-        widths = sum((plan.lengths[:, t] + lay.tokens - 1) // lay.tokens for t, lay in enumerate(self.layouts))
         old_counts = [self.page_counts(t) for t in range(self.tiers)]
-        self.table.widen(int(widths.max()) if self.rows else 0, old_counts[1] if self.tiers == 2 else torch.zeros_like(old_counts[0]))
+        needed = (plan.lengths + self.layouts[0].tokens - 1) // self.layouts[0].tokens  # [rows, tiers]
+        self.table.widen(
+            int(needed.sum(1).max()), old_counts[1] if self.tiers == 2 else torch.zeros_like(old_counts[0])
+        )
         demoted: tuple[Tokens, Tensor] | None = None
         for tier in range(self.tiers):
             arriving = [(coded[tier], entering[tier])]
@@ -224,7 +240,9 @@ class PackedLayer:
         keys, values = unpack_tokens(self.layouts[0], tokens)
         return code_tokens(self.layouts[1], keys, values, tokens["score"].float(), tokens["birth"]), demoted.sum(1)
 
-    def _rebuild(self, tier: int, pages: Tensor, counts: Tensor, stay: Tensor, arriving: list[tuple[Tokens, Tensor]]) -> None:
+    def _rebuild(
+        self, tier: int, pages: Tensor, counts: Tensor, stay: Tensor, arriving: list[tuple[Tokens, Tensor]]
+    ) -> None:
         """Close the holes, append what arrives, and exchange the pages that a row no longer or newly needs."""
         layout, cls = self.layouts[tier], self.classes[tier]
         first = (counts.cumsum(0) - counts) * layout.tokens

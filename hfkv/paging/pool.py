@@ -219,13 +219,17 @@ class PagePool:
             target = min(target, self.max_bytes // 16)
         target = max(min(target, min(pages) << SLOT_BITS), MIN_PAGES * max(pages))
         candidates = range(target, target + max(target // 2, max(pages)) + 1, CHUNK_GRANULE)
-        self.chunk_bytes = min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // WORD * WORD
+        self.chunk_bytes = (
+            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // WORD * WORD
+        )
         for page_class in self._classes:
             page_class.per_chunk = min(self.chunk_bytes // page_class.layout.page_bytes, 1 << SLOT_BITS)
 
     def _check_fits(self, layout: PageLayout) -> None:
         if layout.page_bytes > self.chunk_bytes:
-            raise ValueError(f"a page of {layout.page_bytes} bytes does not fit the pool's chunks of {self.chunk_bytes} bytes")
+            raise ValueError(
+                f"a page of {layout.page_bytes} bytes does not fit the pool's chunks of {self.chunk_bytes} bytes"
+            )
 
     def _grow(self, chunks: int, slack: float) -> None:
         room = None
@@ -234,8 +238,9 @@ class PagePool:
             room = (self.max_bytes - self.physical_bytes) // (self.chunk_bytes + tables)
             if room < chunks:
                 raise OutOfPages(
-                    f"{chunks * self.chunk_bytes:,} more bytes are needed beside the {self.physical_bytes:,} held, but max_bytes "
-                    f"leaves the page pool {self.max_bytes:,}: nothing was changed; raise LeanKVConfig.max_bytes, prune more, or reset() the cache"
+                    f"{chunks * self.chunk_bytes:,} bytes are needed beside the {self.physical_bytes:,} held, but max_bytes "
+                    f"leaves the page pool {self.max_bytes:,}: nothing was changed; raise LeanKVConfig.max_bytes, prune "
+                    "more, or reset() the cache"
                 )
         chunks = max(chunks, int(slack * self.memory_bytes / self.chunk_bytes))
         if room is not None:
@@ -264,7 +269,9 @@ class PagePool:
         page_class.pages += page_class.per_chunk
         self._ensure_ring(page_class)
         slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device) | (chunk << SLOT_BITS)
-        index = (page_class.pointers[1] + torch.arange(page_class.per_chunk, device=self.device)) % page_class.ring.numel()
+        index = (
+            page_class.pointers[1] + torch.arange(page_class.per_chunk, device=self.device)
+        ) % page_class.ring.numel()
         page_class.ring[index] = slots
         page_class.pointers[1] += page_class.per_chunk
         page_class.free += page_class.per_chunk

@@ -1,0 +1,153 @@
+"""Attention over what a layer holds: packed pages in their rotated basis, the exact window, a chunk of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfkv.fill import Fill, hidden_bias
+from hfkv.handle import Chunk
+from hfkv.kernels.decode_attention import WorkList, attend_pages
+from hfkv.kernels.partial import Partial, attend_exact, merge, normalise
+from hfkv.kernels.prompt_attention import prompt_attention
+from hfkv.kernels.quantize_pack import Basis
+from hfkv.window import Window
+
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of the attention function brings beside tensors.
+
+    Attributes:
+        scaling: factor of q . k.
+        softcap: logits are softcap * tanh(logits / softcap), or None.
+        sinks: [q_heads] logits of a column without a value, or None.
+    """
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a layer holds at some moment; it stays readable while tokens are only appended."""
+
+    work: WorkList
+    basis: Basis
+    window: Window
+    fill: Fill
+
+
+def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:
+    """Exact attention of a chunk over itself -> [batch, q_heads, queries, Dv].
+
+    Args:
+        mask: a 4-D mask (then it alone counts), or None or padding: then causal, sequences with pads one by one.
+        valid: bool [batch, tokens], real tokens; None for all. The queries are the last of the tokens.
+    """
+    terms = (call.scaling, call.softcap, call.sinks)
+    if says_more_than_padding(mask):
+        return prompt_attention(q, chunk.k, chunk.v, mask, False, *terms)
+    if valid is None:
+        return prompt_attention(q, chunk.k, chunk.v, None, True, *terms)
+    skipped = chunk.k.shape[2] - q.shape[2]
+    out = q.new_zeros(*q.shape[:3], chunk.v.shape[3])
+    for b in range(q.shape[0]):
+        tokens = valid[b].nonzero().squeeze(1)
+        if tokens.numel():
+            own, row = tokens[tokens >= skipped] - skipped, slice(b, b + 1)
+            k, v = chunk.k[row, :, tokens], chunk.v[row, :, tokens]
+            out[row, :, own] = prompt_attention(q[row, :, own], k, v, None, True, *terms)
+    return out
+
+
+def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
+    """Attention of the newest queries, whose tokens are in the window already -> [batch, q_heads, queries, Dv]."""
+    heads = past.window.heads
+    rows = head_rows(q, heads, call)
+    parts = [_over_window(past, rows, q.shape[2], own=True, call=call)]
+    if past.work.blocks:
+        parts.append(_over_pages(past, rows, call))
+    return _joined(parts, q, heads, call)[0]
+
+
+def attend_chunk(past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """A long chunk over the past and, causally, over itself, by blocks of queries.
+
+    Returns:
+        (output [batch, q_heads, queries, Dv], log-sum-exp over all keys [rows, groups, queries]).
+    """
+    heads, skipped = chunk.k.shape[1], chunk.k.shape[2] - q.shape[2]
+    k, v = chunk.k.flatten(0, 1).float(), chunk.v.flatten(0, 1).float()
+    pads = None if valid is None else hidden_bias(~valid)[:, None]  # [batch, 1, tokens]
+    outs, lses = [], []
+    for first in range(0, q.shape[2], QUERY_BLOCK):
+        block = q[:, :, first : first + QUERY_BLOCK]
+        count, end = block.shape[2], skipped + first + block.shape[2]
+        rows = head_rows(block, heads, call)
+        slot = torch.arange(end, device=q.device)
+        bias = hidden_bias(slot > slot[end - count :, None])[None]  # [1, count, end]
+        if pads is not None:
+            bias = bias + pads[..., :end]
+        parts = [attend_exact(rows, k[:, :end], v[:, :end], _spread(bias, rows, count, heads), call.softcap)]
+        if past.fill.most:
+            parts.append(_over_window(past, rows, count, own=False, call=call))
+        if past.work.blocks:
+            parts.append(_over_pages(past, rows, call))
+        out, lse = _joined(parts, block, heads, call)
+        outs.append(out)
+        lses.append(lse.unflatten(1, (-1, count)))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def head_rows(q: Tensor, kv_heads: int, call: Call) -> Tensor:
+    """[batch, q_heads, queries, D] -> float32 [batch * kv_heads, groups * queries, D], scaled."""
+    batch, heads, queries, dim = q.shape
+    return (q.float() * call.scaling).reshape(batch * kv_heads, heads // kv_heads * queries, dim)
+
+
+def sink_rows(q: Tensor, kv_heads: int, call: Call) -> Tensor | None:
+    """The call's sinks [q_heads] -> [batch * kv_heads, groups * queries]."""
+    if call.sinks is None:
+        return None
+    return call.sinks.float()[None, :, None].expand(*q.shape[:3]).reshape(q.shape[0] * kv_heads, -1)
+
+
+def says_more_than_padding(mask: Tensor | None) -> bool:
+    """Whether a mask is a 4-D one of its own rather than the padding that `leankv_mask` gives."""
+    return mask is not None and (mask.shape[-2] > 1 or mask.dtype != torch.bool or mask.shape[1] > 1)
+
+
+def _over_pages(past: Past, rows: Tensor, call: Call) -> Partial:
+    """Over packed pages with rotated queries; the result is back in the plain basis."""
+    rotated = past.basis.rotate_keys(rows)
+    part = attend_pages(past.work, rotated, past.basis.constant(rotated), call.softcap)
+    return Partial(past.basis.unrotate_values(part.acc), part.top, part.mass)
+
+
+def _over_window(past: Past, rows: Tensor, queries: int, own: bool, call: Call) -> Partial:
+    """Over the window; with `own` the queries are its newest tokens, else all of it lies before them."""
+    fill, window = past.fill, past.window
+    k = window.k[:, :, : fill.most].flatten(0, 1).float()
+    v = window.v[:, :, : fill.most].flatten(0, 1).float()
+    bias = fill.bias(queries if own else 1)
+    return attend_exact(rows, k, v, _spread(bias, rows, queries, window.heads), call.softcap)
+
+
+def _spread(bias: Tensor | None, rows: Tensor, queries: int, kv_heads: int) -> Tensor | None:
+    """[batch or 1, queries or 1, tokens] -> [rows or 1, groups * queries or 1, tokens]."""
+    if bias is None:
+        return None
+    if bias.shape[1] > 1:
+        bias = bias.repeat(1, rows.shape[1] // queries, 1)
+    return bias if bias.shape[0] == 1 else bias.repeat_interleave(kv_heads, 0)
+
+
+def _joined(parts: list[Partial], q: Tensor, kv_heads: int, call: Call) -> tuple[Tensor, Tensor]:
+    part = merge(parts, sink_rows(q, kv_heads, call))
+    return normalise(part).view(*q.shape[:3], -1).to(q.dtype), part.lse

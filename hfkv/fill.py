@@ -1,0 +1,184 @@
+"""Which tokens each sequence has in its recent window: counts, positions, and what they become step by step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fill:
+    """How many tokens each sequence has in the window; one object serves all layers of a step.
+
+    Attributes:
+        uniform: tokens of every sequence, or None where sequences differ.
+        counts: int64 [batch], tokens per sequence.
+        most: upper bound of `counts` that the host knows.
+        positions: int64 [batch, most], logical positions; None where they are the newest `uniform` ones.
+        seen: logical tokens of the cache, pads included.
+        pads: int64 [batch], pads that were dropped so far; None for none.
+    """
+
+    uniform: int | None
+    counts: Tensor
+    most: int
+    positions: Tensor | None
+    seen: int
+    pads: Tensor | None
+    _biases: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Fill:
+        return cls(0, torch.zeros(batch, dtype=torch.long, device=device), 0, None, 0, None)
+
+    @property
+    def batch(self) -> int:
+        return self.counts.numel()
+
+    @functools.cached_property
+    def token_positions(self) -> Tensor:
+        """Logical positions [batch, most] of the window's tokens; -1 behind a sequence's last."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.seen - self.most, self.seen, device=self.counts.device).expand(self.batch, -1)
+
+    @functools.cached_property
+    def valid(self) -> Tensor:
+        """bool [batch, most]: slots that hold a token."""
+        return torch.arange(self.most, device=self.counts.device) < self.counts[:, None]
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """Real tokens of every sequence, pruned ones included, int64 [batch]."""
+        total = torch.full_like(self.counts, self.seen)
+        return total if self.pads is None else total - self.pads
+
+    def bias(self, queries: int) -> Tensor | None:
+        """float32 [batch or 1, queries, most]: -inf where one of the newest `queries` may not look; None: no limit."""
+        if self.uniform is not None and queries == 1:
+            return None
+        if queries not in self._biases:
+            self._biases[queries] = self._make_bias(queries)
+        return self._biases[queries]
+
+    def _make_bias(self, queries: int) -> Tensor:
+        slot = torch.arange(self.most, device=self.counts.device)
+        newest = torch.arange(-queries, 0, device=slot.device)
+        last = newest[None] + (self.most if self.uniform is not None else self.counts[:, None])  # [batch or 1, queries]
+        return hidden_bias(slot > last[..., None])
+
+
+def hidden_bias(hidden: Tensor) -> Tensor:
+    """bool -> float32: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def advance(fill: Fill, new: int, valid: Tensor | None) -> Fill:
+    """The fill after `new` logical tokens, of which `valid` bool [batch, new] are real (None: all)."""
+    seen = fill.seen + new
+    if valid is None and fill.positions is None and fill.uniform is not None:
+        return Fill(fill.uniform + new, fill.counts + new, fill.most + new, None, seen, fill.pads)
+    device = fill.counts.device
+    real = torch.ones(fill.batch, new, dtype=torch.bool, device=device) if valid is None else valid
+    counts = fill.counts + real.sum(1)
+    most = fill.most + new if valid is None else int(counts.max())
+    fresh = torch.arange(fill.seen, seen, device=device).expand(fill.batch, -1)
+    order = newest_last(torch.cat([fill.valid, real], 1))[:, :most]
+    positions = torch.cat([fill.token_positions, fresh], 1).gather(1, order)
+    pads = fill.pads
+    if valid is not None:
+        pads = (~real).sum(1) + (0 if pads is None else pads)
+    uniform = fill.uniform is not None if valid is None else bool((counts == most).all())
+    return _ragged(most if uniform else None, counts, most, positions, seen, pads)
+
+
+def leave(fill: Fill, leaving: Tensor, window: int) -> Fill:
+    """The fill after every sequence has given up its first `leaving` int64 [batch] tokens, all beyond `window`."""
+    counts, most = fill.counts - leaving, min(fill.most, window)
+    uniform = most if fill.uniform is not None else None
+    if fill.positions is None and uniform is not None:
+        return Fill(uniform, counts, most, None, fill.seen, fill.pads)
+    index = (leaving[:, None] + torch.arange(most, device=counts.device)).clamp(max=max(fill.most - 1, 0))
+    return _ragged(uniform, counts, most, fill.token_positions.gather(1, index), fill.seen, fill.pads)
+
+
+def crop(fill: Fill, remove: int) -> Fill:
+    """The fill without the newest `remove` logical tokens."""
+    seen = max(0, fill.seen - remove)
+    if fill.positions is None and fill.uniform is not None:
+        most = max(0, fill.most - remove)
+        return Fill(most, (fill.counts - remove).clamp_min(0), most, None, seen, fill.pads)
+    counts = (fill.valid & (fill.token_positions < seen)).sum(1)
+    most = int(counts.max())
+    uniform = most if bool((counts == most).all()) else None
+    pads = None if fill.pads is None else fill.pads - ((fill.seen - seen) - (fill.counts - counts))
+    return _ragged(uniform, counts, most, fill.token_positions[:, :most], seen, pads)
+
+
+def select(fill: Fill, index: Tensor) -> Fill:
+    """The fill of the sequences `index`, int64 [n]."""
+    positions = None if fill.positions is None else fill.positions[index]
+    pads = None if fill.pads is None else fill.pads[index]
+    return Fill(fill.uniform, fill.counts[index], fill.most, positions, fill.seen, pads)
+
+
+def newest_last(valid: Tensor) -> Tensor:
+    """Indices [batch, n] that bring the valid slots to the front, in order."""
+    return valid.long().argsort(dim=1, descending=True, stable=True)
+
+
+def _ragged(uniform: int | None, counts: Tensor, most: int, positions: Tensor, seen: int, pads: Tensor | None) -> Fill:
+    behind = torch.arange(most, device=counts.device) >= counts[:, None]
+    return Fill(uniform, counts, most, positions.masked_fill(behind, -1), seen, pads)
+
+
+class FillBook:
+    """Works out each step's fill and padding once for all layers, by the identity of what they follow from."""
+
+    def __init__(self) -> None:
+        self._fills: dict[tuple, tuple[tuple, Fill]] = {}
+        self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
+
+    def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
+        """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
+
+        `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token.
+        """
+        if mask is None:
+            return None
+        if self._valid[0] is not mask or self._valid[1] != new:
+            last = mask[:, :, -1, -new:]
+            seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+            valid = seen.any(1)
+            self._valid = (mask, new, None if bool(valid.all()) else valid)
+        return self._valid[2]
+
+    def empty(self, batch: int, device: torch.device) -> Fill:
+        return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))
+
+    def advanced(self, fill: Fill, new: int, valid: Tensor | None) -> Fill:
+        return self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
+
+    def left(self, fill: Fill, leaving: Tensor, window: int) -> Fill:
+        return self._once(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
+
+    def cropped(self, fill: Fill, remove: int) -> Fill:
+        return self._once(("crop", fill.counts.device), (fill, remove), lambda: crop(fill, remove))
+
+    def selected(self, fill: Fill, index: Tensor) -> Fill:
+        return self._once(("select", fill.counts.device), (fill, index), lambda: select(fill, index))
+
+    def _once(self, name: tuple, key: tuple, make: Callable[[], Fill]) -> Fill:
+        known = self._fills.get(name)
+        if known is None or not all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
+            known = self._fills[name] = (key, make())
+        return known[1]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)

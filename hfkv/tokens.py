@@ -1,0 +1,180 @@
+"""`LayerTokens`: everything one layer holds of its tokens, and how new ones come in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hfkv.attend import Call, Past
+from hfkv.config import LeanKVConfig
+from hfkv.fill import Fill
+from hfkv.handle import Chunk
+from hfkv.kernels.quantize_pack import Basis
+from hfkv.observe import observe_chunk
+from hfkv.paging.packed import PackedLayer, PageTable
+from hfkv.policy import Costs, Policy, policy_of
+from hfkv.quant import Codec, PageLayout, rotation
+from hfkv.tiering import incoming_tokens, plan_tiers
+from hfkv.window import KeptQueries, Window
+
+if TYPE_CHECKING:
+    from hfkv.cache import LeanKVCache
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What storing a chunk changes; pages are only appended to and are undone through `table`."""
+
+    fill: Fill
+    window: Window
+    queries: KeptQueries
+    call: Call | None
+    table: PageTable
+
+
+class LayerTokens:
+    """The tokens of one compressed layer: packed pages, the recent window, the kept queries.
+
+    Args:
+        cache: the cache, for what its layers share (pool, fills, page size).
+        config: the layer's config.
+        chunk: the first chunk, which fixes shapes, dtype and device.
+    """
+
+    def __init__(self, cache: LeanKVCache, config: LeanKVConfig, chunk: Chunk) -> None:
+        batch, heads, tokens, key_dim = chunk.k.shape
+        value_dim, dtype = chunk.v.shape[3], chunk.k.dtype
+        self.cache, self.config = cache, config
+        self.policy: Policy = policy_of(config)
+        self.dtype, self.device = dtype, chunk.k.device
+        pool = cache.pool(self.device)
+        page_tokens = cache.page_tokens(tokens, len(config.tiers))
+        layouts = [
+            PageLayout(
+                Codec.of(tier, "key", key_dim, dtype, config.codec),
+                Codec.of(tier, "value", value_dim, dtype, config.codec),
+                page_tokens,
+                config.selects,
+            )
+            for tier in config.tiers
+        ]
+        basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)
+        self.packed = PackedLayer(pool, layouts, batch * heads, basis, bool(config.shift_keys))
+        self.window = Window.like(chunk.k, chunk.v, config.window + config.flush)
+        self.queries = KeptQueries(config.flush)
+        self.fill = cache.fills.empty(batch, self.device)
+        self.call: Call | None = None
+
+    @property
+    def unpaged_bytes(self) -> int:
+        """Bytes outside the page pool: window, kept queries, page table, mean keys."""
+        return self.window.nbytes + self.queries.nbytes + self.packed.metadata_bytes
+
+    @property
+    def costs(self) -> Costs:
+        """What a policy with a budget has to add up, per sequence."""
+        layouts = self.packed.layouts
+        exact = (layouts[0].key.dim + layouts[0].value.dim) * self.dtype.itemsize
+        chunks = self.packed.pool.chunk_bytes * len(layouts) // max(self.cache.layer_count or 1, 1)
+        fixed = math.ceil((self.unpaged_bytes + chunks) / self.fill.batch)
+        return Costs(tuple(layout.token_bytes for layout in layouts), layouts[0].tokens, exact, fixed)
+
+    @property
+    def capacity_left(self) -> int:
+        """Tokens that still fit into the fullest sequence's window."""
+        return self.window.capacity - self.fill.most
+
+    # ---- new tokens --------------------------------------------------------------------------------------------------
+
+    def append(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> None:
+        """Put a chunk into the window, which has room for it, and keep some of its queries."""
+        after = self.cache.fills.advanced(self.fill, chunk.k.shape[2], valid)
+        self.window.append(chunk.k, chunk.v, self.fill, valid)
+        self.fill, self.call = after, call
+        if self.config.selects:
+            self.queries.add(q, after.seen)
+
+    def store(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
+        """Take a chunk over: into the window if it fits, else pack what each sequence has beyond it.
+
+        Packed tokens of the past stay as they are: what is packed is appended to their pages.
+
+        Args:
+            q: the chunk's queries [batch, q_heads, queries, D], which decide its tokens' significance.
+            lse: their log-sum-exp over all keys [rows, groups, queries]; None where the chunk is all there is.
+
+        Raises:
+            OutOfPages: `max_bytes` does not hold it.
+            ValueError: NaN, infinity, or a scale beyond its format.
+        """
+        after = self.cache.fills.advanced(self.fill, chunk.k.shape[2], valid)
+        if after.most <= self.window.capacity:
+            self.append(chunk, q, valid, call)
+            return
+        self.call = call
+        sequences = self.window.followed_by(chunk.k, chunk.v, self.fill, after, valid)
+        leaving = (after.counts - self.config.window).clamp_min(0)
+        score = observe_chunk(sequences, q, valid, call, lse, self.config.observe) if self.config.selects else None
+        incoming = incoming_tokens(sequences, leaving, self.config.window, score)
+        plan = plan_tiers(self, incoming, None, after)
+        coded = self.packed.code_incoming(plan, incoming)
+        self.cache.reserve(self.packed.pool, [(self.packed, plan)])
+        self.packed.apply(plan, coded)
+        self.fill = self.cache.fills.left(after, leaving, self.config.window)
+        self.window = self.window.keep_last(sequences, leaving, self.fill)
+        self.queries.clear()
+        if lse is not None and self.config.selects:
+            self.queries.add_tail(q, after.seen)
+            self.cache.request_flush()
+
+    def past(self) -> Past:
+        """What is held now, readable also after a chunk has been stored."""
+        return Past(self.packed.work(), self.packed.basis, self.window, self.fill)
+
+    # ---- fewer tokens ------------------------------------------------------------------------------------------------
+
+    def crop(self, remove: int) -> None:
+        """Drop the newest `remove` logical tokens, all of them in the window."""
+        self.fill = self.cache.fills.cropped(self.fill, remove)
+        self.queries.crop(self.fill.seen, remove)
+
+    def select(self, index: Tensor) -> None:
+        """Make sequence i a copy of today's sequence `index[i]`; the pool has room for it."""
+        self.packed.select(self.rows_of(index))
+        self.window = self.window.select(index)
+        self.queries.select(index)
+        self.fill = self.cache.fills.selected(self.fill, index)
+
+    def rows_of(self, index: Tensor) -> Tensor:
+        """Sequence indices [n] -> rows [n * kv_heads]."""
+        heads = self.window.heads
+        return (index[:, None] * heads + torch.arange(heads, device=index.device)).flatten()
+
+    def release(self) -> None:
+        """Give all pages back."""
+        self.packed.release()
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.fill, self.window, self.queries.snapshot(), self.call, self.packed.table.clone())
+
+    def restore(self, state: Snapshot) -> None:
+        """Undo the chunk that was stored since `snapshot`."""
+        self.packed.restore(state.table)
+        self.fill, self.window, self.queries, self.call = state.fill, state.window, state.queries, state.call
+
+
+def _basis(config: LeanKVConfig, key_dim: int, value_dim: int, device: torch.device) -> tuple[Basis, str]:
+    names, key, value = [], None, None
+    if config.rotate_keys:
+        key, name = rotation(key_dim, config.rotation_seed, device)
+        names.append(f"keys {name}")
+    if config.rotate_values:
+        value, name = rotation(value_dim, config.rotation_seed, device)
+        names.append(f"values {name}")
+    if config.shift_keys:
+        names.append("keys shifted by their mean")
+    return Basis(key, value, None), ", ".join(names) or "none"
