@@ -163,7 +163,7 @@ def test_exact_tokens_equal(family: Family, case: Case) -> None:
 
 @cache
 def quantised_reference(name: str) -> torch.Tensor:
-    model = build(name, gain=QUANTISED_GAIN)
+    model = native(name, gain=QUANTISED_GAIN)
     return teacher_forced(model, QUANTISED_IDS, 40, dynamic_cache(model))
 
 

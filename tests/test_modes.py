@@ -179,6 +179,29 @@ def test_every_preset_generates_and_reports(preset: str) -> None:
     assert str(report)
 
 
+@pytest.mark.parametrize(("window", "flush"), [(1, 1), (5, 3), (16, 8), (128, 64), (64, 200)])
+@pytest.mark.parametrize("lengths", [[97], [3, 150]], ids=str)
+def test_other_windows(window: int, flush: int, lengths: list[int]) -> None:
+    cache = LeanKVCache(LeanKVConfig.preset("exact", window=window, flush=flush))
+    got = greedy(lean("llama"), cache, left_padded(lengths))
+    assert_same_tokens(got, greedy(native("llama"), DynamicCache(), left_padded(lengths)))
+
+
+@pytest.mark.parametrize("page_tokens", [32, 64])
+@pytest.mark.parametrize(
+    "choice",
+    [{"high_share": 0.1}, {"high_share": 0.5}, {"alpha_high": 1.0}, {"high_share": 0.0}, {"high_share": 1.0}],
+    ids=str,
+)
+def test_two_exact_tiers(choice: dict[str, float], page_tokens: int) -> None:
+    """Tokens are demoted from page to page but lose nothing: the machinery of tiers, without its errors."""
+    coding = {"rotate_keys": False, "rotate_values": False, "shift_keys": False}
+    config = LeanKVConfig(tiers=("exact", "exact"), page_tokens=page_tokens, **coding, **choice)
+    for inputs in (left_padded([3, 400]), {"input_ids": prompt(64)}):
+        got = greedy(lean("qwen3"), LeanKVCache(config), inputs, max_new_tokens=130)
+        assert_same_tokens(got, greedy(native("qwen3"), DynamicCache(), inputs, max_new_tokens=130))
+
+
 def test_default_config_generates() -> None:
     out = greedy(lean("qwen3"), LeanKVCache(), {"input_ids": prompt(200)})
     assert out.shape == (1, 200 + NEW_TOKENS)
@@ -258,14 +281,41 @@ def test_deepcopy_forks(name: str) -> None:
     assert_same_tokens(*both(name, run))
 
 
-def test_beam_search() -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral-sliding", "gptj"])
+def test_beam_search(name: str) -> None:
     def run(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
         return greedy(model, cache, left_padded([3, 150]), num_beams=3)
 
-    assert_same_tokens(*both("llama", run))
+    assert_same_tokens(*both(name, run))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral-sliding", "falcon"])
+def test_batch_calls(name: str) -> None:
+    """Repeat, select and reorder sequences, before and after the next flush."""
+
+    def run(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
+        logits = []
+        with torch.no_grad():
+            model(input_ids=prompt(150, batch=2), past_key_values=cache, use_cache=True)
+            for number, change in enumerate(
+                (
+                    lambda: cache.batch_repeat_interleave(3),
+                    lambda: cache.reorder_cache(torch.tensor([5, 0, 0, 3, 3, 1])),
+                    lambda: cache.batch_select_indices(torch.tensor([0, 3, 4])),
+                    lambda: cache.reorder_cache(torch.tensor([0, 0, 0])),
+                )
+            ):
+                change()
+                rows = (6, 6, 3, 3)[number]
+                for ids in prompt(40, seed=number, batch=rows).split(1, dim=1):
+                    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                    logits.append(out.logits[:, -1])
+        return torch.cat(logits)
+
+    assert relative_rms(*both(name, run)) < LOGITS
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "lfm2"])
 def test_prompt_lookup(name: str) -> None:
     repeated = {"input_ids": prompt(50).repeat(1, 3)}
     got = greedy(lean(name), exact(), repeated, prompt_lookup_num_tokens=5)
@@ -391,6 +441,15 @@ def test_enable_survives_deepcopy_of_the_model() -> None:
     mirrored = twin.generate(prompt(100), **options)
     assert_same_tokens(model.generate(prompt(100), **options), native("llama").generate(prompt(100), **options))
     assert not torch.equal(mirrored, model.generate(prompt(100), **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-text", "bart"])
+def test_enabled_beam_search(name: str) -> None:
+    model = build(name)
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 3}
+    want = native(name).generate(**left_padded([3, 150]), **options)
+    hfkv.enable(model, LeanKVConfig.preset("exact"))
+    assert_same_tokens(model.generate(**left_padded([3, 150]), **options), want)
 
 
 def test_enabled_with_an_assistant() -> None:
