@@ -83,7 +83,7 @@ def time_prompts(
     return times, caches
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def time_steps(
     models: dict[str, PreTrainedModel], caches: dict[str, Cache], ids: list[int], times: dict[str, Times]
 ) -> None:

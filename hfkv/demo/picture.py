@@ -32,6 +32,11 @@ def tier_shares(tiers: Tiers) -> dict[str, float]:
     return dict(zip(NAMES, (counts / counts.sum()).tolist(), strict=True))
 
 
+def is_tiered(tiers: Tiers) -> bool:
+    """Whether tokens differ in more than being in the recent window, so that there is something to see."""
+    return len({tier for layer in tiers.values() for tier in layer.unique().tolist()} - {3}) > 1
+
+
 def draw_png(tiers: Tiers, path: str | Path, title: str) -> Path:
     """Write the picture: rows are heads, columns positions; above and beside it the shares by position and by head.
 

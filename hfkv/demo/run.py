@@ -67,9 +67,7 @@ def run(demo: Demo) -> None:
     contest = Contest(demo.model, demo.tokenizer, demo.talk)
     outcomes = [contest.run(contender) for contender in demo.contenders]
     if demo.questions:
-        show.heading(
-            "Questions, asked after the prompt was compressed, each on a fork of the same cache (the answer is begun for the model)"
-        )
+        show.heading("Questions, asked after the prompt was compressed, each on a fork of the same cache")
         for number, question in enumerate(demo.questions):
             show.answers(question, demo.notes[number] if demo.notes else None, number, outcomes)
     show.heading("A chat that goes on with the same cache")
@@ -130,7 +128,7 @@ def _show_cache(outcome: Outcome) -> None:
 
 
 def _draw(outcomes: list[Outcome], demo: Demo) -> None:
-    drawn = [outcome for outcome in outcomes if outcome.tiers]
+    drawn = [outcome for outcome in outcomes if picture.is_tiered(outcome.tiers)]
     if not drawn or importlib.util.find_spec("matplotlib") is None:
         return
     demo.out.mkdir(parents=True, exist_ok=True)

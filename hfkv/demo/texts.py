@@ -7,7 +7,7 @@ import inspect
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -171,6 +171,7 @@ def _docstrings(module: str) -> Iterator[str]:
                 yield inspect.cleandoc(doc)
 
 
+@lru_cache(maxsize=2)
 def _documentation_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(documentation(), add_special_tokens=False, verbose=False)["input_ids"]
 
