@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfkv.fill import Fill, hidden_bias
+from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.decode_attention import WorkList, attend_pages
-from hfkv.kernels.partial import Partial, attend_exact, merge, normalise
+from hfkv.kernels.partial import Partial, attend_exact, hidden_bias, merge, normalise
 from hfkv.kernels.prompt_attention import prompt_attention
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.window import Window

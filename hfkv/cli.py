@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--tokens", type=int, default=1900, help="length of the documentation text (default: %(default)s)"
     )
-    demo.add_argument("--out", default="hfkv-demo", help="folder for the pictures (default: %(default)s)")
+    demo.add_argument("--out", default="demo-output", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     return parser
 

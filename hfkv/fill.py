@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfkv.kernels.partial import hidden_bias
+
 
 @dataclass(frozen=True, eq=False)
 class Fill:
@@ -71,11 +73,6 @@ class Fill:
         newest = torch.arange(-queries, 0, device=slot.device)
         last = newest[None] + (self.most if self.uniform is not None else self.counts[:, None])  # [batch or 1, queries]
         return hidden_bias(slot > last[..., None])
-
-
-def hidden_bias(hidden: Tensor) -> Tensor:
-    """bool -> float32: -inf where hidden, else 0."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
 def advance(fill: Fill, new: int, valid: Tensor | None) -> Fill:

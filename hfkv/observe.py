@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hfkv.attend import Call, head_rows, sink_rows
-from hfkv.fill import hidden_bias, newest_last
+from hfkv.fill import newest_last
 from hfkv.kernels.decode_attention import attend_pages, attention_received
 from hfkv.kernels.observe import received_exact
-from hfkv.kernels.partial import attend_exact, merge
+from hfkv.kernels.partial import attend_exact, hidden_bias, merge
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:

@@ -120,20 +120,21 @@ def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | Non
     assert scale is not None
     levels = unpack_codes(codes, codec).float()
     multiplier, offset = affine_terms(codec, scale, zero)
-    return multiplier[:, None] * levels + offset[:, None]
+    return multiplier[:, None] * levels - offset[:, None]
 
 
 def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stored metadata -> float32 (s, o) with x = s * code + o; the shape is that of `scale`."""
+    """Stored metadata -> float32 (s, o) with x = s * code - o; the shape is that of `scale`."""
     if codec.kind == "minmax":
         assert zero is not None
-        return scale.float(), zero.float()
+        return scale.float(), -zero.float()
     s = scale_from_byte(scale)
-    return s, s * -codec.center if zero is None else -(s * zero)
+    return s, s * (codec.center if zero is None else zero)
 
 
 def scale_from_byte(code: Tensor) -> Tensor:
-    return torch.exp2(code.float().sub_(SCALE_BIAS).div_(SCALE_STEPS))
+    """Scale bytes -> float32 scales."""
+    return code.float().sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
 
 
 def _scale_to_byte(scale: Tensor, source: Tensor, round_up: bool) -> Tensor:
@@ -228,7 +229,7 @@ def unpack_codes(packed: Tensor, codec: Codec) -> Tensor:
 class PageLayout:
     """Where the parts of a page lie; the one table of bytes per token.
 
-    A page is `tokens` slots: keys | values | key scale | key zero | value scale | value zero | score | birth.
+    A page is `tokens` slots: keys | values | key scale | value scale | key zero | value zero | score | birth.
     Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`.
     """
 
@@ -244,8 +245,8 @@ class PageLayout:
             "key": self.key.rows * self.key.element,
             "value": self.value.rows * self.value.element,
             "key_scale": self.key.scale_bytes,
-            "key_zero": self.key.zero_bytes,
             "value_scale": self.value.scale_bytes,
+            "key_zero": self.key.zero_bytes,
             "value_zero": self.value.zero_bytes,
             "score": 2 if self.scored else 0,
             "birth": 4 if self.scored else 0,

@@ -1,12 +1,12 @@
 """Attention of a few queries over packed pages, straight from their codes.
 
-out_q = sum_t softmax_t(q . k_t) v_t with k_t = ks_t * code + ko_t and v_t likewise, so that
+out_q = sum_t softmax_t(q . k_t) v_t with k_t = ks_t * code - ko_t and v_t likewise, so that
 
-    q . k_t = ks_t * (q . code_t) + ko_t * sum(q)        sum_t p_t v_t = sum_t (p_t vs_t) code_t + sum_t p_t vo_t
+    q . k_t = ks_t * (q . code_t) - ko_t * sum(q)        sum_t p_t v_t = sum_t (p_t vs_t) code_t - sum_t p_t vo_t
 
-Codes meet only the two matrix products; scales and offsets stay outside. The twin works by blocks of pages: it gathers
-a block's bytes, widens the codes, and folds the block into running (acc, max, mass) per row, a row being one KV head of
-one sequence. Queries and values are in the rotated basis of the pages.
+Codes meet only the two matrix products; scales and offsets stay outside. The unit of work is an item: `span` pages of
+one row, a row being one KV head of one sequence. The twin gathers a block of items, widens the codes, and folds the
+block into running (acc, max, mass) per row. Queries and values are in the rotated basis of the pages.
 """
 
 from __future__ import annotations
@@ -24,38 +24,40 @@ BLOCK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class PageBlock:
-    """Some pages of one layout, in the order in which they are read.
+class ItemBlock:
+    """Some work items of one layout.
 
     Attributes:
-        sources: (page-sized rows of an arena, row of each page, first, last) per arena.
-        row: int64 [pages], the KV head (of all sequences) that owns each page.
-        index: int64 [pages], number of the page inside its row.
-        bias: float32 [pages, 1, tokens], -inf for free slots; None where every slot is filled.
+        span: pages per item.
+        sources: (page-sized rows of an arena, row of each page) per arena.
+        order: int64 [items * span], brings the pages of all sources into the items' order; None: they are in it.
+        row: int64 [items], the KV head (of all sequences) that owns each item.
+        index: int64 [items * span], number of each page inside its row; what lies behind a row's last page repeats it.
+        bias: float32 [items, 1, span * tokens], -inf for free slots and repeated pages; None where there are none.
     """
 
     layout: PageLayout
-    sources: tuple[tuple[Tensor, Tensor, int, int], ...]
+    span: int
+    sources: tuple[tuple[Tensor, Tensor], ...]
+    order: Tensor | None
     row: Tensor
     index: Tensor
     bias: Tensor | None
 
     def gather(self) -> Tensor:
-        """The block's bytes, uint8 [pages, page_bytes]."""
-        if len(self.sources) == 1:
-            rows, words, _, _ = self.sources[0]
-            return torch.index_select(rows, 0, words).view(torch.uint8)
-        out = torch.empty(self.row.numel(), self.layout.page_bytes // 8, dtype=torch.int64, device=self.row.device)
-        for rows, words, first, last in self.sources:
-            torch.index_select(rows, 0, words, out=out[first:last])
-        return out.view(torch.uint8)
+        """The block's bytes, uint8 [items * span, page_bytes]."""
+        parts = [torch.index_select(rows, 0, words) for rows, words in self.sources]
+        pages = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.order is not None:
+            pages = pages.index_select(0, self.order)
+        return pages.view(torch.uint8)
 
 
 @dataclass(frozen=True)
 class WorkList:
-    """All packed pages of a layer, made once per flush; reading it stays valid while tokens are only appended."""
+    """All packed pages of a layer as items, made once per flush; it stays valid while tokens are only appended."""
 
-    blocks: tuple[PageBlock, ...]
+    blocks: tuple[ItemBlock, ...]
     rows: int
     key_dim: int
     value_dim: int
@@ -70,86 +72,93 @@ def attend_pages(
     the maximum and the mass are computed.
     """
     total = Partial.empty(work.rows, q.shape[1], work.value_dim if values else 0, q.device)
-    for block, pages, logits in _block_logits(work, q, constant, softcap):
-        row, one = block.row, len(work.blocks) == 1
-        highest = logits.amax(-1)  # [pages, queries]
+    before_cap = constant if softcap is not None else None
+    for i, (block, pages, logits) in enumerate(_block_logits(work, q, before_cap, softcap)):
+        row, highest = block.row, logits.amax(-1)  # [items, queries]
         top = total.top.scatter_reduce(0, row[:, None].expand_as(highest), highest, "amax")  # [rows, queries]
-        p = logits.sub_(top[row][..., None]).exp_()  # [pages, queries, tokens]
-        if not one:
+        p = logits.sub_(top.index_select(0, row)[..., None]).exp_()  # [items, queries, span * tokens]
+        if i:
             fade = torch.exp(total.top - top)
             total.acc *= fade[..., None]
             total.mass *= fade
         total.top = top
         total.mass.index_add_(0, row, p.sum(-1))
         if values:
-            total.acc.index_add_(0, row, _weigh_values(block.layout, pages, p))
+            total.acc.index_add_(0, row, _weigh_values(block, pages, p))
+    if constant is not None and before_cap is None:
+        total.top += constant  # equal for all keys of a query
     return total
 
 
 def attention_received(
     work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, lse: Tensor, groups: int
 ) -> list[Tensor]:
-    """Mean probability that every packed token receives, largest over the GQA group; float32 [pages, tokens] per block.
+    """Mean probability that every packed token receives, largest over the GQA group.
 
     Args:
         q: float32 [rows, groups * queries, key_dim], rotated and scaled.
         lse: [rows, groups * queries], log-sum-exp over *all* keys of each query, window included.
+
+    Returns:
+        Per block float32 [items * span, tokens].
     """
     received = []
     for block, _, logits in _block_logits(work, q, constant, softcap):
-        p = logits.sub_(lse[block.row][..., None]).exp_()
-        received.append(p.unflatten(1, (groups, -1)).mean(2).amax(1))
+        p = logits.sub_(lse.index_select(0, block.row)[..., None]).exp_()
+        received.append(p.unflatten(1, (groups, -1)).mean(2).amax(1).view(-1, block.layout.tokens))
     return received
 
 
 def _block_logits(
     work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
-) -> Iterator[tuple[PageBlock, Tensor, Tensor]]:
-    """Per block: its bytes and the logits [pages, queries, tokens] of its owners' queries, -inf in free slots."""
+) -> Iterator[tuple[ItemBlock, Tensor, Tensor]]:
+    """Per block: its bytes and the logits [items, queries, span * tokens] of its owners' queries, -inf in free slots."""
     total = q.sum(-1, keepdim=True)  # [rows, queries, 1]
     for block in work.blocks:
-        layout, row = block.layout, block.row
-        pages = block.gather()
-        keys = widen(layout.key, layout.view(pages, "key"), -1)  # [pages, tokens, padded]
-        logits = torch.bmm(_pad(q, layout.key)[row], keys.transpose(1, 2))
-        if layout.key.bits:
-            scale, offset = _terms(layout, pages, "key")  # [pages, tokens]
-            logits.mul_(scale[:, None]).addcmul_(total[row], offset[:, None])
+        layout, pages, codec = block.layout, block.gather(), block.layout.key
+        items = block.row.numel()
+        keys = widen(layout.view(pages, "key"), codec, -1).view(items, -1, codec.padded)  # [items, span * tokens, D]
+        logits = torch.bmm(_padded(q, codec).index_select(0, block.row), keys.transpose(1, 2))
+        if codec.bits:
+            scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "key"))
+            logits.mul_(scale).addcmul_(total.index_select(0, block.row), offset, value=-1)
         if constant is not None:
-            logits += constant[row][..., None]
+            logits += constant.index_select(0, block.row)[..., None]
         logits = cap(logits, softcap)
         if block.bias is not None:
             logits += block.bias
         yield block, pages, logits
 
 
-def _weigh_values(layout: PageLayout, pages: Tensor, p: Tensor) -> Tensor:
-    """sum_t p_t v_t per page: p [pages, queries, tokens] -> [pages, queries, value_dim]."""
-    codec = layout.value
-    values = widen(codec, layout.view(pages, "value"), 1)  # [pages, padded, tokens]
+def _weigh_values(block: ItemBlock, pages: Tensor, p: Tensor) -> Tensor:
+    """sum_t p_t v_t per item: p [items, queries, span * tokens] -> [items, queries, value_dim]."""
+    layout, codec, items = block.layout, block.layout.value, p.shape[0]
+    packed = (
+        layout.view(pages, "value").unflatten(0, (items, block.span)).transpose(1, 2)
+    )  # [items, rows, span, tokens]
+    values = widen(packed.contiguous(), codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
     if not codec.bits:
-        return torch.bmm(p, values.transpose(1, 2))
-    scale, offset = _terms(layout, pages, "value")
-    weighed = torch.bmm(p * scale[:, None], values.transpose(1, 2))[..., : codec.dim]
-    return weighed.add_(torch.bmm(p, offset[..., None]))
+        return torch.bmm(p, values)
+    scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "value"))
+    weighed = torch.bmm(p * scale, values)[..., : codec.dim]
+    return weighed.sub_((p * offset).sum(-1, keepdim=True))
 
 
 def _terms(layout: PageLayout, pages: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Scale and offset [pages, tokens] of keys or values: x = scale * code - offset."""
     codec = layout.key if side == "key" else layout.value
     zero = layout.view(pages, f"{side}_zero") if codec.zero_bytes else None
     return affine_terms(codec, layout.view(pages, f"{side}_scale"), zero)
 
 
-def _pad(q: Tensor, codec: Codec) -> Tensor:
+def _padded(q: Tensor, codec: Codec) -> Tensor:
     return q if codec.padded == codec.dim else torch.nn.functional.pad(q, (0, codec.padded - codec.dim))
 
 
-def widen(codec: Codec, packed: Tensor, dim: int) -> Tensor:
-    """Packed codes with their bytes along `dim` -> float32 codes, `codec.padded` along that dimension."""
-    if not codec.bits:
+def widen(packed: Tensor, codec: Codec, dim: int) -> Tensor:
+    """Bytes with `codec.rows` along `dim` -> float32 codes, `codec.padded` along it."""
+    if codec.bits in (0, 8):
         return packed.float()
-    if codec.bits == 8:
-        return packed.to(torch.float32)
     shape = list(packed.shape)
     shape[dim] = codec.padded
     out = torch.empty(shape, dtype=torch.float32, device=packed.device)
@@ -158,10 +167,10 @@ def widen(codec: Codec, packed: Tensor, dim: int) -> Tensor:
         width = codec.padded * bits // 8
         plane = packed.narrow(dim, start, width)
         for i in range(8 // bits):
-            part = plane if i == 0 else plane >> (i * bits)
+            part = plane >> (i * bits) if i else plane
             if (i + 1) * bits < 8:
                 part = part & (2**bits - 1)
             slot = out.narrow(dim, i * width, width)
-            slot.copy_(part) if shift == 0 else slot.add_(part, alpha=1 << shift)
+            slot.add_(part, alpha=1 << shift) if shift else slot.copy_(part)
         shift, start = shift + bits, start + width
     return out

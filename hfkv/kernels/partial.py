@@ -62,6 +62,11 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
+def hidden_bias(hidden: Tensor) -> Tensor:
+    """bool -> float32: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
 def attend_exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None) -> Partial:
     """Attention over exact keys: q [rows, queries, D] (scaled), k [rows, tokens, D], v [rows, tokens, Dv], all float32.
 

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels import compaction
-from hfkv.kernels.decode_attention import BLOCK_TOKENS, PageBlock, WorkList
+from hfkv.kernels.decode_attention import BLOCK_TOKENS, ItemBlock, WorkList
+from hfkv.kernels.partial import hidden_bias
 from hfkv.kernels.quantize_pack import Basis, Tokens, code_tokens, pack_tokens, unpack_tokens
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
+
+ITEMS_PER_ROW = 8
+MAX_SPAN = 8
+"""Pages per work item: about 8 items per row, so that what fills a row's last item up is little, at most 8 pages."""
 
 
 @dataclass
@@ -104,45 +109,48 @@ class PackedLayer:
             self._work = WorkList(tuple(blocks), self.rows, key.dim, value.dim)
         return self._work
 
-    def _blocks(self, tier: int) -> list[PageBlock]:
-        layout = self.layouts[tier]
-        ids, row, index = self.table.pages(tier, self.page_counts(tier))
-        if ids.numel() == 0:
+    def _blocks(self, tier: int) -> list[ItemBlock]:
+        layout, counts = self.layouts[tier], self.page_counts(tier)
+        pages = int(counts.sum())
+        if pages == 0:
             return []
-        found = self.pool.locate(self.classes[tier], ids)
-        order = torch.cat([position for _, _, position in found])
-        row, index = row[order], index[order]
-        filled = (self.table.lengths[row, tier] - index * layout.tokens).clamp(max=layout.tokens)  # [pages]
-        slot = torch.arange(layout.tokens, device=row.device)
-        bias = torch.where(slot < filled[:, None], 0.0, float("-inf"))[:, None]  # [pages, 1, tokens]
-        starts = [0]
-        for _, words, _ in found:
-            starts.append(starts[-1] + words.numel())
-        per_block = BLOCK_TOKENS // layout.tokens
+        span = min(max(pages // (ITEMS_PER_ROW * int((counts > 0).sum())), 1), MAX_SPAN)
+        row, item = ragged_index((counts + span - 1) // span)
+        index = item[:, None] * span + torch.arange(span, device=row.device)  # [items, span]
+        slot = index[..., None] * layout.tokens + torch.arange(layout.tokens, device=row.device)
+        hidden = (slot >= self.table.lengths[row, tier, None, None]).flatten(1)  # [items, span * tokens]
+        index = torch.minimum(index, counts[row, None] - 1)
+        per_block = max(1, BLOCK_TOKENS // (span * layout.tokens))
         blocks = []
         for first in range(0, row.numel(), per_block):
-            last = min(first + per_block, row.numel())
-            sources = []
-            for (rows, words, _), start in zip(found, starts, strict=False):
-                a, b = max(first, start), min(last, start + words.numel())
-                if a < b:
-                    sources.append((rows, words[a - start : b - start], a - first, b - first))
-            part = slice(first, last)
-            full = bool((filled[part] == layout.tokens).all())
-            blocks.append(
-                PageBlock(layout, tuple(sources), row[part], index[part], None if full else bias[part].clone())
-            )
+            part = slice(first, first + per_block)
+            ids = self.table.lookup(tier, row[part, None], index[part]).flatten()
+            found = self.pool.locate(self.classes[tier], ids)
+            order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort()
+            bias = hidden_bias(hidden[part])[:, None] if bool(hidden[part].any()) else None
+            sources = tuple((rows, words) for rows, words, _ in found)
+            blocks.append(ItemBlock(layout, span, sources, order, row[part], index[part].flatten(), bias))
         return blocks
 
     def per_slot(self, blocks_values: list[Tensor]) -> list[Tensor]:
-        """Values per block [pages, tokens] -> per tier [rows, slots], in the order of the page table."""
+        """Values per block [items * span, tokens] -> per tier [rows, slots], in the order of the page table."""
         out = []
         for tier, layout in enumerate(self.layouts):
             width = int(self.page_counts(tier).max()) if self.rows else 0
             out.append(torch.zeros(self.rows, width, layout.tokens, device=self.pool.device))
         for block, values in zip(self.work().blocks, blocks_values, strict=True):
-            out[self.layouts.index(block.layout)][block.row, block.index] = values
+            tier = self.layouts.index(block.layout)
+            row = block.row.repeat_interleave(block.span)
+            real = torch.ones_like(row, dtype=torch.bool) if block.bias is None else self._first_of_page(block, row)
+            out[tier][row[real], block.index[real]] = values[real]
         return [o.flatten(1) for o in out]
+
+    @staticmethod
+    def _first_of_page(block: ItemBlock, row: Tensor) -> Tensor:
+        """bool [items * span]: False where a row's last page is repeated to fill an item."""
+        repeats = torch.zeros_like(row, dtype=torch.bool)
+        repeats[1:] = (row[1:] == row[:-1]) & (block.index[1:] == block.index[:-1])
+        return ~repeats
 
     def slots(self, tier: int, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-token parts by slot: (filled bool [rows, slots], name -> [rows, slots] with 0 in free slots)."""

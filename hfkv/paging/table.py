@@ -35,7 +35,11 @@ class PageTable:
     def pages(self, tier: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `counts[row]` pages of a tier, row by row: (ids int32, row int64, index inside the row int64)."""
         row, index = ragged_index(counts)
-        return self.ids[row, self._column(tier, index)], row, index
+        return self.lookup(tier, row, index), row, index
+
+    def lookup(self, tier: int, row: Tensor, index: Tensor) -> Tensor:
+        """Page ids at (row, index), broadcast together."""
+        return self.ids[row, self._column(tier, index)]
 
     def write(self, tier: int, row: Tensor, index: Tensor, ids: Tensor) -> None:
         """Enter page ids at (row, index)."""
