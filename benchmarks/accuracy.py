@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from rows import RESULTS, Rows, write_csv
+from rows import RESULTS, Rows, merge_csv
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +24,8 @@ from hfkv.demo import smollm2
 from hfkv.demo.measures import Agreement, agreement, fill, finds_note, forced_logits, mean_agreement, question_ids
 from hfkv.demo.texts import Continuation, NotedText, continuations, noted_texts
 
+TABLE = RESULTS / "accuracy_smollm2.csv"
+KEPT = RESULTS / "accuracy_smollm2.jsonl"
 FOLLOWING = 96  # tokens of a continuation
 NOTES = 8  # hidden in one prompt
 BYTE_PROMPTS = 2  # on which bytes are measured, per length
@@ -35,6 +38,15 @@ SETTINGS: dict[str, Callable[[], Cache]] = {
     "paper": lambda: LeanKVCache(LeanKVConfig.preset("paper")),
     "K4V2": lambda: LeanKVCache(LeanKVConfig(tiers=((4, 2),))),
 }
+
+
+@dataclass
+class Notes:
+    """Notes found by setting, of the `answered` questions that the exact cache answers out of `asked`."""
+
+    found: dict[str, int]
+    answered: int = 0
+    asked: int = 0
 
 
 class Study:
@@ -113,55 +125,64 @@ def measure_texts(study: Study, settings: list[str], count: int, bar: tqdm) -> d
     return {setting: mean_agreement(part) for setting, part in parts.items()}
 
 
-def measure_notes(study: Study, settings: list[str], questions: int, bar: tqdm) -> tuple[dict[str, int], int, int]:
-    """Notes found by setting, among the questions that the exact cache answers (at least `questions`); these; all."""
-    found, answered, asked = dict.fromkeys(settings, 0), 0, 0
+def measure_notes(study: Study, settings: list[str], questions: int, bar: tqdm) -> Notes:
+    """Prompts until the exact cache has answered `questions` questions; only those count."""
+    notes = Notes(dict.fromkeys(settings, 0))
     for index, text in enumerate(study.noted_texts()):
-        if answered >= questions:
-            return found, answered, asked
+        if notes.answered >= questions:
+            return notes
         exact = study.notes("exact", index, text)["found"]
         for setting in settings:
             here = study.notes(setting, index, text)["found"]
-            found[setting] += sum(a and b for a, b in zip(exact, here, strict=True))
-        bar.update(min(sum(exact), questions - answered))
-        answered, asked = answered + sum(exact), asked + len(exact)
-    raise ValueError(f"--questions {questions}: all prompts together hold {answered} that the exact cache answers")
+            notes.found[setting] += sum(a and b for a, b in zip(exact, here, strict=True))
+        bar.update(min(sum(exact), questions - notes.answered))
+        notes.answered, notes.asked = notes.answered + sum(exact), notes.asked + len(exact)
+    raise ValueError(
+        f"--questions {questions}: all prompts together hold {notes.answered} that the exact cache answers"
+    )
+
+
+def measure_length(
+    models: dict[torch.dtype, PreTrainedModel], rows: Rows, args: argparse.Namespace, tokens: int
+) -> None:
+    """All measurements at one prompt length, into the table."""
+    tokenizer = smollm2.load()[1]
+    in_half, in_single = (
+        Study(models[dtype], tokenizer, rows, args.seed, tokens) for dtype in (torch.bfloat16, torch.float32)
+    )
+    with tqdm(total=BYTE_PROMPTS * len(args.settings), desc=f"{tokens} tokens, bytes") as bar:
+        ratios = measure_bytes(in_half, args.settings, bar)
+    with tqdm(total=args.texts * len(args.settings), desc=f"{tokens} tokens, texts") as bar:
+        close = measure_texts(in_single, args.settings, args.texts, bar)
+    with tqdm(total=args.questions, desc=f"{tokens} tokens, questions") as bar:
+        notes = measure_notes(in_single, args.settings, args.questions, bar)
+    table = [
+        {
+            "setting": setting,
+            "tokens": tokens,
+            "bytes": f"{ratios[setting]:.4f}",
+            "kl": f"{close[setting].kl:.5f}",
+            "top1": f"{close[setting].top1:.4f}",
+            "notes": f"{notes.found[setting] / notes.answered:.3f}",
+            "texts": args.texts,
+            "answered": notes.answered,
+            "asked": notes.asked,
+            "seed": args.seed,
+        }
+        for setting in args.settings
+    ]
+    merge_csv(TABLE, table, by=("setting", "tokens", "seed"))
 
 
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    path = RESULTS / "accuracy_smollm2.jsonl"
     if args.fresh:
-        path.unlink(missing_ok=True)
-    rows, table = Rows(path), []
-    half, tokenizer = smollm2.load(dtype=torch.bfloat16)
-    single, _ = smollm2.load(dtype=torch.float32)
+        KEPT.unlink(missing_ok=True)
+    models = {dtype: smollm2.load(dtype=dtype)[0] for dtype in (torch.bfloat16, torch.float32)}
     for tokens in args.lengths:
-        in_half, in_single = (Study(model, tokenizer, rows, args.seed, tokens) for model in (half, single))
-        with tqdm(total=BYTE_PROMPTS * len(args.settings), desc=f"{tokens} tokens, bytes") as bar:
-            ratios = measure_bytes(in_half, args.settings, bar)
-        with tqdm(total=args.texts * len(args.settings), desc=f"{tokens} tokens, texts") as bar:
-            close = measure_texts(in_single, args.settings, args.texts, bar)
-        with tqdm(total=args.questions, desc=f"{tokens} tokens, questions") as bar:
-            found, answered, asked = measure_notes(in_single, args.settings, args.questions, bar)
-        table += [
-            {
-                "setting": setting,
-                "tokens": tokens,
-                "bytes": f"{ratios[setting]:.4f}",
-                "kl": f"{close[setting].kl:.5f}",
-                "top1": f"{close[setting].top1:.4f}",
-                "notes": f"{found[setting] / answered:.3f}",
-                "texts": args.texts,
-                "answered": answered,
-                "asked": asked,
-                "seed": args.seed,
-            }
-            for setting in args.settings
-        ]
-        write_csv(RESULTS / "accuracy_smollm2.csv", table)
-    print((RESULTS / "accuracy_smollm2.csv").read_text())
+        measure_length(models, Rows(KEPT), args, tokens)
+    print(TABLE.read_text())
 
 
 def _arguments() -> argparse.Namespace:
@@ -174,7 +195,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.texts < 1 or args.questions < 1:
+        parser.error("--texts and --questions must be at least 1")
+    return args
 
 
 if __name__ == "__main__":

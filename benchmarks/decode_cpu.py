@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rows import RESULTS, write_csv
+from rows import RESULTS, merge_csv
 from tqdm import tqdm
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
 
@@ -158,14 +158,12 @@ def main() -> None:
         for attention in ("sdpa", "leankv")
     }
     tokenizer = smollm2.load(dtype=torch.float32)[1]
-    table: list[dict[str, object]] = []
     for tokens in args.lengths:
         text = next(continuations(tokenizer, tokens, args.steps + 2, seed=0))
         peaks = {name: prompt_peak(name, tokens, args.threads) for name in tqdm(names, desc=f"{tokens} tokens, peaks")}
         times, caches = time_prompts(models, names, text.context, args.prompt_repeats)
         time_steps(models, caches, text.following, times)
-        table += result_rows(tokens, times, peaks)
-        write_csv(RESULTS / "decode_cpu.csv", table)
+        merge_csv(RESULTS / "decode_cpu.csv", result_rows(tokens, times, peaks), by=("cache", "tokens"))
     print((RESULTS / "decode_cpu.csv").read_text())
 
 

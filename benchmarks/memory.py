@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from rows import RESULTS, write_csv
+from rows import RESULTS, merge_csv
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = model_with_llama_heads()
-    write_csv(RESULTS / "memory.csv", [measure(model, preset, args.tokens) for preset in tqdm(PRESETS)])
+    rows = [measure(model, preset, args.tokens) for preset in tqdm(PRESETS)]
+    merge_csv(RESULTS / "memory.csv", rows, by=("preset", "tokens", "head_dim", "dtype"))
     print((RESULTS / "memory.csv").read_text())
 
 

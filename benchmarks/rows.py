@@ -33,13 +33,18 @@ class Rows:
             file.write(json.dumps({"key": key, "measured": measured}) + "\n")
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A table with one row per dict; all have the keys of the first."""
+def merge_csv(path: Path, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
+    """Write rows into a table: those with the same values in the columns `by` are replaced, others stay."""
+    table: dict[tuple[str, ...], dict[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            table = {tuple(row[column] for column in by): row for row in csv.DictReader(file)}
+    table |= {tuple(str(row[column]) for column in by): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(table.values())
 
 
 def _text(key: Key) -> str:
