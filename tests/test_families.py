@@ -14,6 +14,7 @@ import torch
 from families import SUPPORTED, Family, build, lean, left_padded, native, prompt, relative_rms
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+import hfkv
 from hfkv import LeanKVCache, LeanKVConfig
 
 NEW_TOKENS = 130  # several flushes of R = 32 beyond W = 64
@@ -159,6 +160,19 @@ def test_exact_tokens_equal(family: Family, case: Case) -> None:
     )
     torch.testing.assert_close(sequences[:, -NEW_TOKENS:], expected.tokens, rtol=0, atol=0)
     assert_layers(family, lean_part)
+
+
+@pytest.mark.parametrize("index", range(len(SUPPORTED)), ids=[family.name for family in SUPPORTED])
+def test_enabled_tokens_equal(index: int) -> None:
+    """`hfkv.enable(model)`, where the cache does know the config, decides the same about every layer."""
+    family, case = SUPPORTED[index], Case(RAGGED[(index + 1) % 2])
+    model = hfkv.enable(build(family.name), LeanKVConfig.preset("exact"))
+    output = model.generate(
+        **case.inputs(family), max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True
+    )
+    torch.testing.assert_close(output.sequences[:, -NEW_TOKENS:], reference(family, case).tokens, rtol=0, atol=0)
+    past = output.past_key_values
+    assert_layers(family, past.self_attention_cache if family.encoder_decoder else past)
 
 
 @cache

@@ -398,6 +398,17 @@ def test_leankv_without_a_lean_cache() -> None:
         assert_same_tokens(got, want)
 
 
+@pytest.mark.parametrize("lengths", [[200], [3, 150]], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek-v3"])
+def test_dynamic_cache_under_leankv(name: str, lengths: list[int]) -> None:
+    """Chunks of a prompt and drafts attend to the whole past of a cache that is not ours as well."""
+    inputs, config = left_padded(lengths), native(name).config
+    want = greedy(native(name), DynamicCache(config=config), inputs)
+    assert_same_tokens(greedy(lean(name), DynamicCache(config=config), inputs, prefill_chunk_size=32), want)
+    if len(lengths) == 1:
+        assert_same_tokens(greedy(lean(name), DynamicCache(config=config), inputs, prompt_lookup_num_tokens=5), want)
+
+
 # ---- enable and disable
 
 
@@ -443,13 +454,30 @@ def test_enable_survives_deepcopy_of_the_model() -> None:
     assert not torch.equal(mirrored, model.generate(prompt(100), **options))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3-text", "bart"])
+@pytest.mark.parametrize("name", ["llama", "gemma3-text", "bart", "qwen3-next", "lfm2", "falcon-h1", "deepseek-v3"])
 def test_enabled_beam_search(name: str) -> None:
     model = build(name)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 3}
     want = native(name).generate(**left_padded([3, 150]), **options)
     hfkv.enable(model, LeanKVConfig.preset("exact"))
     assert_same_tokens(model.generate(**left_padded([3, 150]), **options), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3n-text", "lfm2", "deepseek-v3", "bart"])
+def test_enabled_prompt_lookup(name: str) -> None:
+    repeated = {"input_ids": prompt(50).repeat(1, 3), "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    model = hfkv.enable(build(name), LeanKVConfig.preset("exact"))
+    assert_same_tokens(model.generate(**repeated, prompt_lookup_num_tokens=5), native(name).generate(**repeated))
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "gemma3n-text", "falcon-h1"])
+def test_told_the_model_config_and_reset(name: str) -> None:
+    config = native(name).config
+    cache = LeanKVCache(LeanKVConfig.preset("exact"), model_config=config)
+    for lengths in ([3, 150], [64]):
+        got = greedy(lean(name), cache, left_padded(lengths))
+        assert_same_tokens(got, greedy(native(name), DynamicCache(config=config), left_padded(lengths)))
+        cache.reset()
 
 
 def test_enabled_with_an_assistant() -> None:
