@@ -112,7 +112,7 @@ def test_streaming_tokens() -> None:
 
 
 def test_streaming_text_from_a_thread(tokenizer: PreTrainedTokenizerFast) -> None:
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=20)
     inputs = {"input_ids": prompt(100)}
     thread = Thread(target=greedy, args=(lean("llama"), exact(), inputs), kwargs={"streamer": streamer})
     thread.start()
