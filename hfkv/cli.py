@@ -6,7 +6,7 @@ import argparse
 import io
 import sys
 
-from .config import PRESETS
+from hfkv.config import PRESETS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +42,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from .demo import run  # needs tqdm and, for SmolLM2, more packages: not at import
-
+    try:
+        from hfkv.demo import run  # here and not above: it needs packages that hfkv itself does not
+    except ModuleNotFoundError as error:
+        print(f"hfkv demo: {error}. Install what the demo needs with: pip install 'hfkv[demo]'", file=sys.stderr)
+        return 2
     try:
         demo = run.prepare(args)
     except (ImportError, OSError, ValueError) as error:

@@ -167,8 +167,10 @@ def test_step_clock_times_every_token_but_the_first():
     clock = measures.StepClock(lambda: ticks.append(1))
     prompt = torch.tensor([random_ids(5)])
     mask = torch.ones_like(prompt)
-    tiny_model().generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False, streamer=clock)
-    assert len(ticks) == 4 and len(clock.steps) == 3 and clock.tokens_per_second > 0
+    for calls in (1, 2):
+        tiny_model().generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False, streamer=clock)
+        assert len(ticks) == 4 * calls and len(clock.steps) == 3 * calls
+    assert clock.tokens_per_second > 0
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
@@ -255,8 +257,9 @@ def test_contest_holds_caches_to_the_exact_one():
         (["--config", '{"window": 0}'], "window"),
         (["--config", "no-such-file.json"], "no-such-file.json"),
         (["--model", "./no-such-folder"], "no-such-folder"),
+        (["--question", "Why?"], "--prompt-file"),
     ],
-    ids=["bad-field", "missing-file", "missing-model"],
+    ids=["bad-field", "missing-file", "missing-model", "question-alone"],
 )
 def test_what_the_user_can_mend_is_a_message(options, message, capsys):
     pytest.importorskip("tqdm")

@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkv import LeanKVCache
+from hfkv.demo.dialogue import Dialogue, continued
+from hfkv.demo.measures import Agreement, StepClock, agreement, equal_tokens, fill, forced_logits
+from hfkv.demo.picture import Tiers
 from hfkv.report import tier_map
-
-from .dialogue import Dialogue, continued
-from .measures import Agreement, StepClock, agreement, equal_tokens, fill, forced_logits
-from .picture import Tiers
 
 EXACT = "DynamicCache"
 
@@ -101,11 +100,9 @@ class Contest:
         outcome.prompt_seconds = time.perf_counter() - start
         if isinstance(cache, LeanKVCache):
             report = cache.report()
-            outcome.physical_bytes, outcome.exact_bytes, outcome.report = (
-                report.physical_bytes,
-                report.exact_bytes,
-                str(report),
-            )
+            outcome.physical_bytes = report.physical_bytes + report.plain_bytes
+            outcome.exact_bytes = report.exact_bytes + report.plain_bytes
+            outcome.report = str(report)
             outcome.tiers = tiers_by_layer(cache)
         else:
             outcome.physical_bytes = outcome.exact_bytes = exact_bytes(cache)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from .measures import equal_tokens
+from hfkv.demo.measures import equal_tokens
 
 _ASK = "Here are some documents. I am going to ask questions about them, please answer in one short sentence."
 _READY = "I have read the documents."

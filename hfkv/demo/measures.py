@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .texts import Note
+from hfkv.demo.texts import Note
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,21 @@ class StepClock(BaseStreamer):
     """Given to `generate(streamer=...)`: stamps every new token, and calls `on_token` for a progress bar."""
 
     def __init__(self, on_token: Callable[[], object] = lambda: None):
+        self.steps: list[float] = []  # seconds from one new token to the next, over all calls of generate
         self._on_token = on_token
-        self._stamps: list[float] = []
-        self._seen_prompt = False
+        self._calls = 0  # of `put` in this generate: the first carries the prompt, the second its first new token
+        self._last = 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        if self._seen_prompt:
-            self._stamps.append(time.perf_counter())
+        now, self._calls = time.perf_counter(), self._calls + 1
+        if self._calls > 1:
             self._on_token()
-        self._seen_prompt = True  # the first call carries the prompt
+        if self._calls > 2:
+            self.steps.append(now - self._last)
+        self._last = now
 
     def end(self) -> None:
-        self._seen_prompt = False
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of each decode step: from one new token to the next, the prompt not counted."""
-        return [after - before for before, after in zip(self._stamps, self._stamps[1:], strict=False)]
+        self._calls = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -14,13 +14,12 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkv import LeanKVCache, LeanKVConfig
+from hfkv.demo import picture, show, smollm2
+from hfkv.demo.contest import EXACT, Contender, Contest, Lengths, Outcome, Talk
+from hfkv.demo.dialogue import Dialogue, Question, next_turn
+from hfkv.demo.texts import Note, noted_texts
 
-from . import picture, show, smollm2
-from .contest import EXACT, Contender, Contest, Lengths, Outcome, Talk
-from .dialogue import Dialogue, Question, next_turn
-from .texts import Note, noted_texts
-
-PRESETS = ("k8v4", "balanced", "aggressive", "paper")
+_SHOWN = ["k8v4", "balanced", "aggressive", "paper"]
 _NOTES = 6
 _SEED = 9
 _CHAT = ("Name one Python function from the documents and say what it does.", "Why would a programmer use it?")
@@ -44,12 +43,14 @@ class Demo:
 
 def prepare(args: argparse.Namespace) -> Demo:
     """Load the model and make the prompt; ValueError, OSError or ImportError say what the user can change."""
+    if args.question and not args.prompt_file:
+        raise ValueError("--question is about a text of your own: give it with --prompt-file")
     contenders = _contenders(args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = smollm2.load(args.model, dtype="auto")
     if torch.cuda.is_available():
-        model.cuda()
+        model.cuda()  # type: ignore[call-arg]
     document, notes = _document(args, tokenizer)
     questions = [Question(note.question, note.answer) for note in notes] or [Question(text) for text in args.question]
     turns = list(_OWN_CHAT if args.prompt_file else _CHAT)
@@ -81,7 +82,7 @@ def run(demo: Demo) -> None:
 
 def _contenders(args: argparse.Namespace) -> list[Contender]:
     """The exact cache first, then the presets and the user's own config."""
-    presets = args.preset or (["balanced"] if args.quick else list(PRESETS))
+    presets = args.preset or (["balanced"] if args.quick else _SHOWN)
     configs = {} if args.config and not args.preset else {name: LeanKVConfig.preset(name) for name in presets}
     if args.config:
         configs["own config"] = LeanKVConfig.from_json(args.config)

@@ -7,9 +7,9 @@ import os
 import sys
 import textwrap
 
-from .contest import Outcome
-from .dialogue import Question
-from .texts import Note
+from hfkv.demo.contest import Outcome
+from hfkv.demo.dialogue import Question
+from hfkv.demo.texts import Note
 
 _WIDTH = 118
 _EXPLANATION = """
