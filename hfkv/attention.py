@@ -65,8 +65,9 @@ def leankv_attention(
     chunk, cache = key.source, key.source.layer.cache
     try:
         _refuse_sparse(module, kwargs)
+        _refuse_cross_attention(module, causal)
         if chunk.layer.pending is chunk and chunk.layer.tokens is None:
-            plain = _decide(module, chunk, causal, position_bias, kwargs)
+            plain = _decide(module, chunk, position_bias, kwargs)
             if plain is not None:
                 k, v = cache.keep_plain(chunk.layer, *plain)
                 return _plain_attention(query, k, v, attention_mask, causal, call, position_bias, dropout), None
@@ -88,10 +89,7 @@ def _plain_attention(
 ) -> Tensor:
     """Exact attention over plain tensors: sliding layers, cross-attention, encoders, vision towers, other caches."""
     queries, tokens = q.shape[2], k.shape[2]
-    if mask is None and causal and queries < tokens and queries > 1:
-        k, v = k[:, :, :queries], v[:, :, :queries]  # a static cache's prompt: what lies behind it is not written yet
-        tokens = queries
-    if _is_padding(mask) and causal and queries > 1:
+    if mask is not None and _is_padding(mask) and causal and queries > 1:
         mask = mask[..., -tokens:] & lower_right(queries, tokens, q.device)
     if mask is not None and mask.shape[-1] > tokens:
         mask = mask[..., :tokens]
@@ -108,8 +106,8 @@ def _biased(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return bias if hidden is None else bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
 
 
-def _is_padding(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1
+def _is_padding(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool and mask.shape[-2] == 1
 
 
 def leankv_mask(**kwargs: Any) -> Tensor | None:
@@ -121,35 +119,39 @@ def leankv_mask(**kwargs: Any) -> Tensor | None:
     config = kwargs.get("config")
     if config is not None:
         _refuse_config(config)
-    padding = kwargs.get("attention_mask")
-    plain = kwargs["mask_function"] is causal_mask_function and kwargs.get("allow_is_causal_skip", True)
-    if not plain or "local_size" in kwargs or kwargs["q_length"] != kwargs["kv_length"] - kwargs["q_offset"]:
+    padding, tokens = kwargs.get("attention_mask"), kwargs["kv_length"]
+    causal = kwargs["mask_function"] is causal_mask_function and "local_size" not in kwargs
+    if not causal or not kwargs.get("allow_is_causal_skip", True):
         return sdpa_mask(**kwargs)
+    if kwargs["q_offset"] + kwargs["q_length"] != tokens:  # a static cache: there is room behind the newest token
+        return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
     if padding is None:
         return None
-    if padding.shape[-1] < kwargs["kv_length"]:
+    if padding.shape[-1] < tokens:
         raise ValueError(
-            f"attention_mask covers {padding.shape[-1]} of {kwargs['kv_length']} tokens: with a filled cache pass the mask of all "
+            f"attention_mask covers {padding.shape[-1]} of {tokens} tokens: with a filled cache pass the mask of all "
             "tokens, those in the cache first"
         )
-    return padding[:, None, None, : kwargs["kv_length"]]
+    return padding[:, None, None, :tokens]
 
 
 # ---- what is compressed, what is refused -------------------------------------------------------------------------
 
 
-def _decide(
-    module: nn.Module, chunk: Chunk, causal: bool, position_bias: Tensor | None, kwargs: dict
-) -> tuple[Any, str] | None:
-    """None where the layer is compressed, else (transformers' layer, reason)."""
+def _refuse_cross_attention(module: nn.Module, causal: bool) -> None:
     if not causal:
         raise ValueError(
-            f"{type(module).__name__} is cross-attention or an encoder and must not share LeanKVCache with self-attention: "
-            "pass past_key_values=EncoderDecoderCache(LeanKVCache(...), DynamicCache()), or use hfkv.enable(model, config)"
+            f"{type(module).__name__} is cross-attention and must not share a LeanKVCache with self-attention: pass "
+            "past_key_values=EncoderDecoderCache(LeanKVCache(...), DynamicCache()), or use hfkv.enable(model, config)"
         )
-    config = getattr(module, "config", None)
+
+
+def _decide(module: nn.Module, chunk: Chunk, position_bias: Tensor | None, kwargs: dict) -> tuple[Any, str] | None:
+    """None where the layer is compressed, else (transformers' layer, reason)."""
+    config, cache = getattr(module, "config", None), chunk.layer.cache
     if isinstance(config, PretrainedConfig):
-        chunk.layer.cache.layer_count = config.get_text_config(decoder=True).num_hidden_layers
+        cache.layer_count = config.get_text_config(decoder=True).num_hidden_layers
+        cache.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if getattr(module, "kv_lora_rank", None) is not None:
         return DynamicLayer(), "it caches latents (multi-head latent attention), not keys and values"
     if position_bias is not None:
@@ -178,8 +180,9 @@ def _refuse_config(config: PretrainedConfig) -> None:
     for cls in classes if isinstance(classes, list | tuple) else [classes]:
         if cls is not None and not cls._can_set_attn_implementation():
             raise ValueError(
-                f"{cls.__name__} computes its own attention and cannot run under attn_implementation={NAME!r}: build it with "
-                "attn_implementation='eager' (LeanKVCache then stores plain keys and values), or use hfkv.enable(model)"
+                f"{cls.__name__} computes its own attention and cannot run under attn_implementation={NAME!r}: build "
+                "it with attn_implementation='eager' (LeanKVCache then stores plain keys and values), or use "
+                "hfkv.enable(model)"
             )
     _refuse_sparse_config(config)
 
@@ -188,14 +191,16 @@ def _refuse_sparse_config(config: PretrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     sparse = SPARSE_LAYERS & set(getattr(text, "layer_types", None) or [])
     if sparse or getattr(text, "index_topk", None) is not None:
+        kind = ", ".join(sorted(sparse)) or "index_topk"
         raise ValueError(
-            f"{type(config).__name__} has sparse attention ({', '.join(sorted(sparse)) or 'index_topk'}), which attn_implementation={NAME!r} "
-            "would run densely: keep the model's own attn_implementation"
+            f"{type(config).__name__} has sparse attention ({kind}), which attn_implementation={NAME!r} would run "
+            "densely: keep the model's own attn_implementation"
         )
 
 
 def _refuse_sparse(module: nn.Module, kwargs: dict) -> None:
     if kwargs.get("indices") is not None or getattr(module, "indexer", None) is not None:
         raise ValueError(
-            f"{type(module).__name__} attends sparsely through an indexer: keep the model's own attn_implementation, not {NAME!r}"
+            f"{type(module).__name__} attends sparsely through an indexer: keep the model's own attn_implementation, "
+            f"not {NAME!r}"
         )

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
+from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
 from hfkv.paging.packed import Compaction, PackedLayer
 from hfkv.paging.pool import PagePool
@@ -29,7 +30,7 @@ FLUSH_SLACK = 1 / 32
 PAGE_WASTE = 0.01
 
 
-class LeanKVCache(DynamicCache):
+class LeanKVCache(LazyLinearLayers):
     """A KV cache that keeps tokens packed, in pages, in tiers by significance; a drop-in for `past_key_values`.
 
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="leankv")
@@ -68,6 +69,8 @@ class LeanKVCache(DynamicCache):
         self.plain_reasons: dict[int, str] = {}
         self._pools.clear()
         self._page_tokens: int | None = None
+        self.encoder_decoder = False
+        self._updates: dict[int, int] = {}
         self._undo: list[tuple[int, Any, Any]] = []
         self._flush_due = False
         self.fills = FillBook()
@@ -91,14 +94,25 @@ class LeanKVCache(DynamicCache):
             ValueError: another batch size, model, dtype or device.
             RuntimeError: an earlier forward stopped halfway.
         """
-        layer = self._layer_at(layer_idx)
+        layer = self.layer_at(layer_idx)
+        if not isinstance(layer, CacheLayerMixin):
+            raise ValueError(
+                f"layer {layer_idx} has linear attention and attention in one: give the cache the model's config, "
+                "LeanKVCache(config, model_config=model.config), or use hfkv.enable(model, config)"
+            )
+        begins = self._begins_forward(layer_idx)
         if isinstance(layer, LeanKVLayer):
-            self._before(layer, key_states.shape[2])
-        elif self._undo is not None and key_states.shape[2] > 1:
-            self._undo.append((layer_idx, layer, copy.copy(layer)))
+            layer.check(key_states, value_states)
+            if begins and self._must_flush(key_states.shape[2]):
+                self.flush()
+            state = layer.snapshot(key_states.shape[2])
+        else:
+            state = copy.copy(layer)
+        self._undo.append((layer_idx, layer, state))
+        self._updates[layer_idx] = self._updates.get(layer_idx, 0) + 1
         return layer.update(key_states, value_states, *args, **kwargs)
 
-    def _layer_at(self, index: int) -> Any:
+    def layer_at(self, index: int) -> Any:
         while len(self.layers) <= index:
             self.layers.append(self._make_layer(len(self.layers)))
         return self.layers[index]
@@ -116,40 +130,49 @@ class LeanKVCache(DynamicCache):
         """What the compressing layers hold, in their order."""
         return [layer.tokens for layer in self.lean_layers if layer.tokens is not None]
 
-    def _before(self, layer: LeanKVLayer, new: int) -> None:
-        """What precedes a layer's update: at the first layer of a forward, check the last one and flush if need be."""
-        others = self.lean_layers
-        lead = others[0] if others else layer
-        if layer.index <= lead.index:
-            self._check_complete(others)
-            self._undo = []
-            if others and (self._flush_due or self._overflows(others[0], new)):
-                self.flush()
-        elif layer.seen != lead.seen - new:
-            raise self._aborted(layer, lead.seen - new)
-        if layer.tokens is None or new > layer.config.flush:
-            self._undo.append((layer.index, layer, layer.snapshot()))
+    def _begins_forward(self, index: int) -> bool:
+        """Whether a layer's update is the first of a forward, in which all layers come once and in order."""
+        lead = min(self._updates, default=index)
+        if index > lead:
+            if self._updates.get(index, 0) + 1 != self._updates[lead]:
+                raise self._aborted(index)
+            return False
+        self._check_complete()
+        self._undo = []
+        return True
 
-    @staticmethod
-    def _overflows(layer: LeanKVLayer, new: int) -> bool:
-        return layer.tokens is not None and layer.tokens.capacity_left < new <= layer.config.flush
+    def _check_complete(self) -> None:
+        """Raise where the last forward did not reach every layer."""
+        most = max(self._updates.values(), default=0)
+        for index, count in self._updates.items():
+            layer = self.layers[index]
+            if count != most or (isinstance(layer, LeanKVLayer) and layer.pending is not None):
+                raise self._aborted(index)
 
-    def _check_complete(self, layers: list[LeanKVLayer]) -> None:
-        for layer in layers:
-            if layer.pending is not None or layer.seen != layers[0].seen:
-                raise self._aborted(layer, layers[0].seen)
-
-    @staticmethod
-    def _aborted(layer: LeanKVLayer, expected: int) -> RuntimeError:
-        held = layer.seen if layer.pending is None else layer.seen - layer.pending.k.shape[2]
+    def _aborted(self, index: int) -> Exception:
+        if self.encoder_decoder:
+            return ValueError(
+                f"layer {index} and others were not updated equally often, as when cross-attention shares the cache: "
+                "pass past_key_values=EncoderDecoderCache(LeanKVCache(...), DynamicCache()); or a forward stopped "
+                "halfway: call cache.reset()"
+            )
         return RuntimeError(
-            f"an earlier forward stopped halfway: layer {layer.index} holds {held} tokens where {expected} are expected; "
-            "call cache.reset() and start again from the prompt"
+            f"an earlier forward stopped halfway: layer {index} does not hold what other layers hold; call "
+            "cache.reset() and start again from the prompt (encoder-decoder models need "
+            "EncoderDecoderCache(LeanKVCache(...), DynamicCache()))"
         )
+
+    def _must_flush(self, new: int) -> bool:
+        """Whether `new` tokens need the windows emptied first: a step would overflow one, or a prompt left work."""
+        held = self.compressed
+        if not held:
+            return False
+        return self._flush_due or held[0].capacity_left < new <= self.config.flush
 
     def undo_forward(self) -> None:
         """Put every layer back to where it was before the forward that is failing."""
         for index, layer, state in reversed(self._undo):
+            self._updates[index] -= 1
             if isinstance(layer, LeanKVLayer):
                 layer.restore(state)
                 self.layers[index] = layer
@@ -157,7 +180,8 @@ class LeanKVCache(DynamicCache):
             else:
                 self.layers[index] = state
         self._undo = []
-        for pool in self._pools.values():
+        self._updates = {index: count for index, count in self._updates.items() if count}
+        for pool in self.pools:
             pool.trim()
 
     # ---- flush -----------------------------------------------------------------------------------------------------
@@ -180,7 +204,7 @@ class LeanKVCache(DynamicCache):
         self._flush_due = False
 
     def request_flush(self) -> None:
-        """Flush at the beginning of the next forward: a continued prompt has been appended without revising the past."""
+        """Flush before the next forward: a continued prompt has been appended without revising the past."""
         self._flush_due = True
 
     def reserve(self, pool: PagePool, work: list[tuple[PackedLayer, Compaction]], slack: float = 0.0) -> None:
@@ -218,7 +242,7 @@ class LeanKVCache(DynamicCache):
         return self._page_tokens
 
     def keep_plain(self, layer: LeanKVLayer, native: Any, reason: str) -> tuple[Tensor, Tensor]:
-        """Swap one of transformers' own layers in for a layer that cannot be compressed -> its plain keys and values."""
+        """Swap one of transformers' own layers in for one that cannot be compressed -> its plain keys and values."""
         chunk = layer.pending
         assert chunk is not None and layer.tokens is None
         if self._recording and hasattr(native, "activate_past_recording"):
@@ -247,7 +271,7 @@ class LeanKVCache(DynamicCache):
 
     def __iter__(self) -> Any:
         raise TypeError(
-            "a LeanKVCache cannot be read as (keys, values) pairs: its tokens are packed; use cache.report() or cache.layers"
+            "a LeanKVCache cannot be read as (keys, values) pairs, since its tokens are packed: use cache.report()"
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -52,7 +52,7 @@ class LeanKVConfig:
         rotate_keys, rotate_values: rotate vectors before they are coded (Hadamard, else a seeded orthogonal matrix).
         rotation_seed: seed of the orthogonal matrix for head dimensions without a Hadamard matrix.
         shift_keys: subtract a per-head mean key before coding; None means: with two tiers.
-        codec: `"fitted"` (one-byte metadata, fitted 2- and 3-bit codes) or `"minmax"` (as published: fp16 scale and zero).
+        codec: `"fitted"` (one-byte metadata, fitted 2- and 3-bit codes) or `"minmax"` (as published: fp16 metadata).
         page_tokens: tokens per page, 32 or 64; None: 32 where half-filled pages of 64 would waste over 1 %.
         max_bytes: upper limit of the physical bytes per device; `OutOfPages` is raised beyond it.
         layers: overrides by layer index, `{3: {"tiers": [(8, 4), (4, 3)]}}`; fields: see `OVERRIDABLE`.

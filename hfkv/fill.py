@@ -140,6 +140,7 @@ class FillBook:
     def __init__(self) -> None:
         self._fills: dict[tuple, tuple[tuple, Fill]] = {}
         self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
+        self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
 
     def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
         """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
@@ -154,6 +155,13 @@ class FillBook:
             valid = seen.any(1)
             self._valid = (mask, new, None if bool(valid.all()) else valid)
         return self._valid[2]
+
+    def agrees(self, mask: Tensor, fill: Fill, new: int, valid: Tensor | None) -> bool:
+        """Whether a padding mask [batch, 1, 1, tokens] shows just the tokens held and the valid new ones."""
+        if self._agreed[0] is not mask or self._agreed[1] is not fill:
+            fresh = new if valid is None else valid.sum(1)
+            self._agreed = (mask, fill, bool((mask[:, 0, 0].sum(-1) == fill.lengths + fresh).all()))
+        return self._agreed[2]
 
     def empty(self, batch: int, device: torch.device) -> Fill:
         return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))

@@ -74,7 +74,7 @@ class KVHandle(Tensor):
         k, v = self.source.layer.materialise(self.source)
         return k if self.side == "k" else v
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({self.side}, layer {self.source.layer.index}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -88,7 +88,7 @@ class KVHandle(Tensor):
         name = getattr(func, "__name__", str(func))
         if func in _FORBIDDEN or (name.endswith("_") and not name.startswith("__")):
             raise RuntimeError(
-                f"{name} on a cache handle: keys and values live packed in LeanKVCache, read them through attention only"
+                f"{name} on a cache handle: keys and values live packed in LeanKVCache, attention alone reads them"
             )
         return func(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
 

@@ -57,9 +57,6 @@ class LeanKVLayer(DynamicLayer):
         """Announce keys and values [batch, kv_heads, q, dim]; they are stored when attention comes for the handles."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.tokens is not None:
-            self._check_same("keys", key_states, self.tokens.window.k)
-            self._check_same("values", value_states, self.tokens.window.v)
         chunk = self.pending = Chunk(self, key_states, value_states)
         self.seen += key_states.shape[2]
         return KVHandle(chunk, "k", self.seen), KVHandle(chunk, "v", self.seen)
@@ -87,8 +84,9 @@ class LeanKVLayer(DynamicLayer):
         exact = self.seen if self.tokens is None else self.tokens.fill.most
         if remove > exact and self.seen > exact:
             raise ValueError(
-                f"crop of {remove} tokens reaches packed ones: layer {self.index} holds the newest {exact} of {self.seen} "
-                "exact; nothing was changed; use a larger LeanKVConfig.window, or copy.deepcopy the cache beforehand"
+                f"crop of {remove} tokens reaches packed ones: layer {self.index} holds the newest {exact} of "
+                f"{self.seen} exact; nothing was changed; use a larger LeanKVConfig.window, or copy.deepcopy the cache "
+                "beforehand"
             )
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -108,11 +106,17 @@ class LeanKVLayer(DynamicLayer):
 
     def offload(self) -> NoReturn:
         raise ValueError(
-            "LeanKVCache cannot be offloaded layer by layer, since its layers share pages: use a stronger preset instead"
+            "LeanKVCache cannot be offloaded layer by layer, since its layers share pages: use a stronger preset"
         )
 
     def prefetch(self) -> NoReturn:
         self.offload()
+
+    def check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise ValueError where keys and values do not fit what is held: another batch, model, dtype or device."""
+        if self.tokens is not None:
+            self._check_same("keys", key_states, self.tokens.window.k)
+            self._check_same("values", value_states, self.tokens.window.v)
 
     def _check_same(self, name: str, new: Tensor, own: Tensor) -> None:
         where = f"layer {self.index} of this LeanKVCache holds {name}"
@@ -123,13 +127,13 @@ class LeanKVLayer(DynamicLayer):
             )
         if new.shape[1] != own.shape[1] or new.shape[3] != own.shape[3]:
             raise ValueError(
-                f"{where} of {own.shape[1]} heads x {own.shape[3]} and got {new.shape[1]} x {new.shape[3]}: it belongs to "
-                "another model; use a fresh cache"
+                f"{where} of {own.shape[1]} heads x {own.shape[3]} and got {new.shape[1]} x {new.shape[3]}: it belongs "
+                "to another model; use a fresh cache"
             )
         if new.dtype != own.dtype or new.device != own.device:
             raise ValueError(
-                f"{where} in {own.dtype} on {own.device} and got {new.dtype} on {new.device}: use a fresh cache for a model "
-                "of another dtype or device"
+                f"{where} in {own.dtype} on {own.device} and got {new.dtype} on {new.device}: use a fresh cache for a "
+                "model of another dtype or device"
             )
 
     # ---- handles and attention ---------------------------------------------------------------------------------------
@@ -158,7 +162,8 @@ class LeanKVLayer(DynamicLayer):
         """
         if chunk.generation != self.generation:
             raise RuntimeError(
-                f"layer {self.index}: keys and values of an earlier forward were read after a flush, crop, reorder or reset"
+                f"layer {self.index}: keys and values of an earlier forward were read after a flush, crop, reorder or "
+                "reset"
             )
         valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2])
         if self._is_first(chunk):
@@ -166,7 +171,7 @@ class LeanKVLayer(DynamicLayer):
             if not chunk.stored:
                 self._store(chunk, q, valid, call, None)
         else:
-            self._check_past(chunk, q, mask)
+            self._check_past(chunk, q, mask, valid)
             with torch.no_grad():
                 out = self._attend_past(chunk, q, valid, call)
         return out.transpose(1, 2).contiguous()
@@ -196,21 +201,28 @@ class LeanKVLayer(DynamicLayer):
         self.tokens.store(chunk, q, valid, call, lse)
         chunk.stored, self.pending = True, None
 
-    def _check_past(self, chunk: Chunk, q: Tensor, mask: Tensor | None) -> None:
-        if says_more_than_padding(mask):
-            assert mask is not None
+    def _check_past(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None) -> None:
+        if mask is not None and not chunk.stored and not self._only_padding(chunk, mask, valid):
             raise ValueError(
-                f"a 4-D attention mask {tuple(mask.shape)} over a compressed past: packed tokens have no order; pass the "
-                "2-D padding mask instead, or give the mask with the first chunk"
+                f"the attention mask {tuple(mask.shape)} hides tokens of a compressed past (a 4-D mask, or a 2-D one "
+                "that has changed): packed tokens have no order; pass the 2-D padding mask, the same for all tokens so "
+                "far, or give a 4-D mask with the first chunk"
             )
         if torch.is_grad_enabled() and (q.requires_grad or chunk.k.requires_grad):
             raise ValueError("no gradient flows through a compressed past: call the model under torch.no_grad()")
 
+    def _only_padding(self, chunk: Chunk, mask: Tensor, valid: Tensor | None) -> bool:
+        """Whether a mask hides the pads of the past, which are not held, and nothing else."""
+        assert self.tokens is not None
+        if says_more_than_padding(mask):
+            return False
+        return self.tokens.cache.fills.agrees(mask, self.tokens.fill, chunk.k.shape[2], valid)
+
     # ---- snapshots ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> tuple[int, Snapshot | None]:
-        """Everything that an update and the storing of its chunk change."""
-        return self.seen, None if self.tokens is None else self.tokens.snapshot()
+    def snapshot(self, new: int) -> tuple[int, Snapshot | None]:
+        """Everything that an update of `new` tokens and their storing change."""
+        return self.seen, None if self.tokens is None else self.tokens.snapshot(packs=new > self.config.flush)
 
     def restore(self, state: tuple[int, Snapshot | None]) -> None:
         """Undo the chunk announced since `snapshot`."""

@@ -93,8 +93,10 @@ class Report:
     def __str__(self) -> str:
         compressed = [layer for layer in self.layers if layer.compressed]
         lines = [
-            f"LeanKVCache: {self.tokens:,} tokens, {len(compressed)} of {len(self.layers)} layers compressed, backend {self.backend}",
-            f"  physical {_size(self.physical_bytes)} of {_size(self.exact_bytes)} exact: ratio {self.ratio:.3f}, {self.compression:.2f}x smaller",
+            f"LeanKVCache: {self.tokens:,} tokens, {len(compressed)} of {len(self.layers)} layers compressed, "
+            f"backend {self.backend}",
+            f"  physical {_size(self.physical_bytes)} of {_size(self.exact_bytes)} exact: ratio {self.ratio:.3f}, "
+            f"{self.compression:.2f}x smaller",
         ]
         lines += [
             f"  {name.replace('_', ' '):<11}{_size(size):>11}  {size / max(self.physical_bytes, 1):6.1%}"
@@ -125,9 +127,10 @@ def make_report(cache: LeanKVCache) -> Report:
 
 
 def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
-    """Where every token of a layer is: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW by logical position.
+    """Where every token of a layer is, by logical position: uint8 [batch, kv_heads, tokens].
 
-    Pads were never stored and read as PRUNED. Without tiers packed tokens have no birth: all before the window is HIGH.
+    The entries are PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED. Without tiers packed tokens
+    have no birth: all before the window is HIGH.
 
     Raises:
         ValueError: the layer is not compressed.

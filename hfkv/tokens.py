@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What storing a chunk changes; pages are only appended to and are undone through `table`."""
+    """What storing a chunk changes; pages are only appended to and are undone through `table` (None: untouched)."""
 
     fill: Fill
     window: Window
     queries: KeptQueries
     call: Call | None
-    table: PageTable
+    table: PageTable | None
 
 
 class LayerTokens:
@@ -158,12 +159,16 @@ class LayerTokens:
         """Give all pages back."""
         self.packed.release()
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.fill, self.window, self.queries.snapshot(), self.call, self.packed.table.clone())
+    def snapshot(self, packs: bool) -> Snapshot:
+        """As things are; without `packs` the coming chunk goes to the window alone."""
+        return Snapshot(
+            self.fill, self.window, copy.copy(self.queries), self.call, self.packed.table.clone() if packs else None
+        )
 
     def restore(self, state: Snapshot) -> None:
         """Undo the chunk that was stored since `snapshot`."""
-        self.packed.restore(state.table)
+        if state.table is not None:
+            self.packed.restore(state.table)
         self.fill, self.window, self.queries, self.call = state.fill, state.window, state.queries, state.call
 
 

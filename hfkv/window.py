@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +91,8 @@ class Window:
 class KeptQueries:
     """At most 8 of the queries since the last flush, evenly spaced; they observe the stored tokens at the next one.
 
+    A copy.copy stays as it is: kept queries are only appended to their buffer, or get a new one.
+
     Attributes:
         q: [batch, q_heads, 8, D] in the model's dtype, None before the first.
         positions: logical position of each kept query.
@@ -117,16 +118,19 @@ class KeptQueries:
     def add(self, q: Tensor, seen: int) -> None:
         """Take every few of q [batch, q_heads, new, D], the newest of `seen` logical tokens."""
         new = q.shape[2]
-        for i in range(new):
-            if (self.stands_for + i) % self.every == 0 and len(self.positions) < self.most:
-                self._buffer(q)[:, :, len(self.positions)] = q[:, :, i]
-                self.positions.append(seen - new + i)
+        picked = [i for i in range(new) if (self.stands_for + i) % self.every == 0][: self.most - len(self.positions)]
         self.stands_for += new
+        if picked:
+            if self.q is None:
+                self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
+            self.q[:, :, len(self.positions) : len(self.positions) + len(picked)] = q[:, :, picked]
+            self.positions = [*self.positions, *(seen - new + i for i in picked)]
 
     def add_tail(self, q: Tensor, seen: int) -> None:
         """Take the last queries of a long chunk instead of all that were kept."""
         picked = list(range(q.shape[2] - 1, -1, -self.every))[: self.most][::-1]
-        self._buffer(q)[:, :, : len(picked)] = q[:, :, picked]
+        self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
+        self.q[:, :, : len(picked)] = q[:, :, picked]
         self.positions = [seen - q.shape[2] + i for i in picked]
         self.stands_for = min(q.shape[2], self.flush)
 
@@ -139,17 +143,6 @@ class KeptQueries:
 
     def select(self, index: Tensor) -> None:
         self.q = None if self.q is None else self.q[index]
-
-    def snapshot(self) -> KeptQueries:
-        """As they are now, of their own memory."""
-        other = copy.copy(self)
-        other.q, other.positions = None if self.q is None else self.q.clone(), list(self.positions)
-        return other
-
-    def _buffer(self, q: Tensor) -> Tensor:
-        if self.q is None:
-            self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
-        return self.q
 
 
 def _all_real(k: Tensor) -> Tensor:

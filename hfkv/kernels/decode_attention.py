@@ -25,9 +25,10 @@ BLOCK_TOKENS = 8192
 
 @dataclass(frozen=True)
 class ItemBlock:
-    """Some work items of one layout.
+    """Some work items of one tier.
 
     Attributes:
+        tier: index of the tier, whose pages have this layout.
         span: pages per item.
         sources: (page-sized rows of an arena, row of each page) per arena.
         order: int64 [items * span], brings the pages of all sources into the items' order; None: they are in it.
@@ -36,6 +37,7 @@ class ItemBlock:
         bias: float32 [items, 1, span * tokens], -inf for free slots and repeated pages; None where there are none.
     """
 
+    tier: int
     layout: PageLayout
     span: int
     sources: tuple[tuple[Tensor, Tensor], ...]
@@ -112,12 +114,12 @@ def attention_received(
 def _block_logits(
     work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
 ) -> Iterator[tuple[ItemBlock, Tensor, Tensor]]:
-    """Per block: its bytes and the logits [items, queries, span * tokens] of its owners' queries, -inf in free slots."""
+    """Per block: its bytes and its owners' logits [items, queries, span * tokens], -inf in free slots."""
     total = q.sum(-1, keepdim=True)  # [rows, queries, 1]
     for block in work.blocks:
         layout, pages, codec = block.layout, block.gather(), block.layout.key
         items = block.row.numel()
-        keys = widen(layout.view(pages, "key"), codec, -1).view(items, -1, codec.padded)  # [items, span * tokens, D]
+        keys = widen(layout.view(pages, "key"), codec, -1).reshape(items, -1, codec.padded)  # [items, span * tokens, D]
         logits = torch.bmm(_padded(q, codec).index_select(0, block.row), keys.transpose(1, 2))
         if codec.bits:
             scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "key"))
@@ -133,10 +135,8 @@ def _block_logits(
 def _weigh_values(block: ItemBlock, pages: Tensor, p: Tensor) -> Tensor:
     """sum_t p_t v_t per item: p [items, queries, span * tokens] -> [items, queries, value_dim]."""
     layout, codec, items = block.layout, block.layout.value, p.shape[0]
-    packed = (
-        layout.view(pages, "value").unflatten(0, (items, block.span)).transpose(1, 2)
-    )  # [items, rows, span, tokens]
-    values = widen(packed.contiguous(), codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
+    packed = layout.view(pages, "value").unflatten(0, (items, block.span)).transpose(1, 2).contiguous()
+    values = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
     if not codec.bits:
         return torch.bmm(p, values)
     scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "value"))

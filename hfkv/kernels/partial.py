@@ -58,8 +58,8 @@ def normalise(part: Partial) -> Tensor:
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap), in place."""
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    """softcap * tanh(logits / softcap)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def hidden_bias(hidden: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class PackedLayer:
             order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort()
             bias = hidden_bias(hidden[part])[:, None] if bool(hidden[part].any()) else None
             sources = tuple((rows, words) for rows, words, _ in found)
-            blocks.append(ItemBlock(layout, span, sources, order, row[part], index[part].flatten(), bias))
+            blocks.append(ItemBlock(tier, layout, span, sources, order, row[part], index[part].flatten(), bias))
         return blocks
 
     def per_slot(self, blocks_values: list[Tensor]) -> list[Tensor]:
@@ -139,10 +139,9 @@ class PackedLayer:
             width = int(self.page_counts(tier).max()) if self.rows else 0
             out.append(torch.zeros(self.rows, width, layout.tokens, device=self.pool.device))
         for block, values in zip(self.work().blocks, blocks_values, strict=True):
-            tier = self.layouts.index(block.layout)
             row = block.row.repeat_interleave(block.span)
             real = torch.ones_like(row, dtype=torch.bool) if block.bias is None else self._first_of_page(block, row)
-            out[tier][row[real], block.index[real]] = values[real]
+            out[block.tier][row[real], block.index[real]] = values[real]
         return [o.flatten(1) for o in out]
 
     @staticmethod
@@ -314,7 +313,7 @@ class PackedLayer:
         self.table, self._work = table, None
 
     def select(self, index: Tensor) -> None:
-        """Make row i a copy of today's row `index[i]`, int64 [new rows]; the pool must have room for `select_demand`."""
+        """Make row i a copy of today's row `index[i]`, int64 [rows]; the pool must have room for `select_demand`."""
         fresh = PageTable(index.numel(), self.pool.device)
         fresh.lengths = self.table.lengths[index]
         fresh.ids = self.table.ids[index]

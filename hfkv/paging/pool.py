@@ -238,9 +238,9 @@ class PagePool:
             room = (self.max_bytes - self.physical_bytes) // (self.chunk_bytes + tables)
             if room < chunks:
                 raise OutOfPages(
-                    f"{chunks * self.chunk_bytes:,} bytes are needed beside the {self.physical_bytes:,} held, but max_bytes "
-                    f"leaves the page pool {self.max_bytes:,}: nothing was changed; raise LeanKVConfig.max_bytes, prune "
-                    "more, or reset() the cache"
+                    f"{chunks * self.chunk_bytes:,} bytes are needed beside the {self.physical_bytes:,} held, but "
+                    f"max_bytes leaves the page pool {self.max_bytes:,}: nothing was changed; raise "
+                    "LeanKVConfig.max_bytes, prune more, or reset() the cache"
                 )
         chunks = max(chunks, int(slack * self.memory_bytes / self.chunk_bytes))
         if room is not None:
