@@ -219,7 +219,11 @@ def test_conversation(name: str, turns: tuple[int, ...]) -> None:
         ids = torch.empty(1, 0, dtype=torch.long)
         for number, length in enumerate(turns):
             ids = torch.cat([ids, prompt(length, seed=number)], 1)
-            ids = greedy(model, cache, {"input_ids": ids}, max_new_tokens=40)
+            said = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+            }  # or a said pad token would count as a pad
+            ids = greedy(model, cache, said, max_new_tokens=40)
             assert cache.get_seq_length() == ids.shape[1] - 1
         return ids
 
