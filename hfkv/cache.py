@@ -105,7 +105,7 @@ class LeanKVCache(LazyLinearLayers):
             layer.check(key_states, value_states)
             if begins and self._must_flush(key_states.shape[2]):
                 self.flush()
-            state = layer.snapshot(key_states.shape[2])
+            state: Any = layer.snapshot(key_states.shape[2])
         else:
             state = copy.copy(layer)
         self._undo.append((layer_idx, layer, state))
@@ -297,14 +297,12 @@ class LeanKVCache(LazyLinearLayers):
         amount = int(tokens_to_remove)
         seen = self.get_seq_length()
         remove = -amount if amount <= 0 else max(0, seen - amount)
-        if remove == 0:
-            return
         lean = self.lean_layers
         for layer in lean:
             layer.check_crop(remove)
         for layer in self.layers:
-            if not isinstance(layer, LeanKVLayer) and isinstance(layer, CacheLayerMixin):
-                layer.crop(-remove)
+            if not isinstance(layer, LeanKVLayer) and hasattr(layer, "crop"):
+                layer.crop(-remove)  # 0 too: layers that record their past drop the record
         for layer in lean:
             layer.crop(-remove)
 

@@ -272,20 +272,55 @@ class PageLayout:
         return self.fields["value"][1]
 
     def view(self, pages: Tensor, name: str) -> Tensor:
-        """One part of pages uint8 [n, page_bytes], as a view in its own dtype.
+        """One part of pages uint8 [n, page_bytes], contiguous, as a view in its own dtype.
 
         Shapes: `key` [n, tokens, rows], `value` [n, rows, tokens], all else [n, tokens].
         """
-        start, stop = self.fields[name]
-        part = pages[:, start:stop]
-        if name in ("key", "value"):
-            codec = self.key if name == "key" else self.value
-            part = part if codec.bits else part.view(codec.dtype)
-            shape = (self.tokens, codec.rows) if name == "key" else (codec.rows, self.tokens)
-            return part.unflatten(1, shape)
-        return part.view(self._dtype(name))
+        dtype, shape, strides, start = self._views[name]
+        typed = pages if dtype == torch.uint8 else pages.view(dtype)
+        stride = typed.stride(0)
+        return typed.as_strided((pages.shape[0], *shape), (stride, *strides), typed.storage_offset() + start)
+
+    @functools.cached_property
+    def _views(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
+        """Per part: dtype, shape and strides inside a page, first element."""
+        views: dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]] = {}
+        for name, (start, _) in self.fields.items():
+            dtype, shape = self._dtype(name), (self.tokens,)  # type: torch.dtype, tuple[int, ...]
+            if name == "key":
+                shape = (self.tokens, self.key.rows)
+            elif name == "value":
+                shape = (self.value.rows, self.tokens)
+            strides = (*shape[1:], 1)
+            views[name] = (dtype, shape, strides, start // dtype.itemsize)
+        return views
+
+    @functools.cached_property
+    def byte_metadata(self) -> bool:
+        """Whether scales and zeros are single bytes, in one stretch: key scale, value scale, then zeros."""
+        return {self.key.kind, self.value.kind} <= {"affine", "fitted"}
+
+    def terms(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Float32 (key scale, key offset, value scale, value offset) of pages, each [n, tokens]: x = s * code - o."""
+        if not self.byte_metadata:
+            return *self._side_terms(pages, self.key, "key"), *self._side_terms(pages, self.value, "value")
+        start, stop = self.fields["key_scale"][0], self.fields["value_zero"][1]
+        meta = pages[:, start:stop].float().view(pages.shape[0], -1, self.tokens)
+        scale = meta[:, :2].sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
+        ks, vs, zeros = scale[:, 0], scale[:, 1], iter(meta[:, 2:].unbind(1))
+        ko = ks * (next(zeros) if self.key.zero_bytes else self.key.center)
+        return ks, ko, vs, vs * (next(zeros) if self.value.zero_bytes else self.value.center)
+
+    def _side_terms(self, pages: Tensor, codec: Codec, side: str) -> tuple[Tensor, Tensor]:
+        if not codec.bits:
+            return pages.new_ones(()), pages.new_zeros(())
+        zero = self.view(pages, f"{side}_zero") if codec.zero_bytes else None
+        return affine_terms(codec, self.view(pages, f"{side}_scale"), zero)
 
     def _dtype(self, name: str) -> torch.dtype:
+        if name in ("key", "value"):
+            side = self.key if name == "key" else self.value
+            return torch.uint8 if side.bits else side.dtype
         if name == "score":
             return torch.float16
         if name == "birth":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.partial import Partial, cap
-from hfkv.quant import PLANES, Codec, PageLayout, affine_terms
+from hfkv.quant import PLANES, Codec, PageLayout
 
 BLOCK_TOKENS = 8192
 
@@ -75,7 +75,7 @@ def attend_pages(
     """
     total = Partial.empty(work.rows, q.shape[1], work.value_dim if values else 0, q.device)
     before_cap = constant if softcap is not None else None
-    for i, (block, pages, logits) in enumerate(_block_logits(work, q, before_cap, softcap)):
+    for i, (block, held, logits) in enumerate(_block_logits(work, q, before_cap, softcap)):
         row, highest = block.row, logits.amax(-1)  # [items, queries]
         top = total.top.scatter_reduce(0, row[:, None].expand_as(highest), highest, "amax")  # [rows, queries]
         p = logits.sub_(top.index_select(0, row)[..., None]).exp_()  # [items, queries, span * tokens]
@@ -86,7 +86,7 @@ def attend_pages(
         total.top = top
         total.mass.index_add_(0, row, p.sum(-1))
         if values:
-            total.acc.index_add_(0, row, _weigh_values(block, pages, p))
+            total.acc.index_add_(0, row, held.weighed(p))
     if constant is not None and before_cap is None:
         total.top += constant  # equal for all keys of a query
     return total
@@ -113,42 +113,43 @@ def attention_received(
 
 def _block_logits(
     work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
-) -> Iterator[tuple[ItemBlock, Tensor, Tensor]]:
-    """Per block: its bytes and its owners' logits [items, queries, span * tokens], -inf in free slots."""
+) -> Iterator[tuple[ItemBlock, Values, Tensor]]:
+    """Per block: its values, and its owners' logits [items, queries, span * tokens], -inf in free slots."""
     total = q.sum(-1, keepdim=True)  # [rows, queries, 1]
     for block in work.blocks:
-        layout, pages, codec = block.layout, block.gather(), block.layout.key
-        items = block.row.numel()
+        layout, row, pages = block.layout, block.row, block.gather()
+        codec, items = layout.key, row.numel()
+        ks, ko, vs, vo = (term.reshape(items, 1, -1) if term.dim() else term for term in layout.terms(pages))
         keys = widen(layout.view(pages, "key"), codec, -1).reshape(items, -1, codec.padded)  # [items, span * tokens, D]
-        logits = torch.bmm(_padded(q, codec).index_select(0, block.row), keys.transpose(1, 2))
+        logits = torch.bmm(_padded(q, codec).index_select(0, row), keys.transpose(1, 2))
         if codec.bits:
-            scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "key"))
-            logits.mul_(scale).addcmul_(total.index_select(0, block.row), offset, value=-1)
+            logits.mul_(ks).addcmul_(total.index_select(0, row), ko, value=-1)
         if constant is not None:
-            logits += constant.index_select(0, block.row)[..., None]
+            logits += constant.index_select(0, row)[..., None]
         logits = cap(logits, softcap)
         if block.bias is not None:
             logits += block.bias
-        yield block, pages, logits
+        yield block, Values(layout.value, layout.view(pages, "value"), vs, vo), logits
 
 
-def _weigh_values(block: ItemBlock, pages: Tensor, p: Tensor) -> Tensor:
-    """sum_t p_t v_t per item: p [items, queries, span * tokens] -> [items, queries, value_dim]."""
-    layout, codec, items = block.layout, block.layout.value, p.shape[0]
-    packed = layout.view(pages, "value").unflatten(0, (items, block.span)).transpose(1, 2).contiguous()
-    values = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
-    if not codec.bits:
-        return torch.bmm(p, values)
-    scale, offset = (term.view(items, 1, -1) for term in _terms(layout, pages, "value"))
-    weighed = torch.bmm(p * scale, values)[..., : codec.dim]
-    return weighed.sub_((p * offset).sum(-1, keepdim=True))
+@dataclass(frozen=True)
+class Values:
+    """A block's packed values [items * span, rows, tokens], their scales and offsets [items, 1, span * tokens]."""
 
+    codec: Codec
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
 
-def _terms(layout: PageLayout, pages: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Scale and offset [pages, tokens] of keys or values: x = scale * code - offset."""
-    codec = layout.key if side == "key" else layout.value
-    zero = layout.view(pages, f"{side}_zero") if codec.zero_bytes else None
-    return affine_terms(codec, layout.view(pages, f"{side}_scale"), zero)
+    def weighed(self, p: Tensor) -> Tensor:
+        """sum_t p_t v_t per item: p [items, queries, span * tokens] -> [items, queries, value_dim]."""
+        codec = self.codec
+        packed = self.packed.unflatten(0, (p.shape[0], -1)).transpose(1, 2).contiguous()  # [items, rows, span, tokens]
+        codes = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
+        if not codec.bits:
+            return torch.bmm(p, codes)
+        weighed = torch.bmm(p * self.scale, codes)[..., : codec.dim]
+        return weighed.sub_((p * self.offset).sum(-1, keepdim=True))
 
 
 def _padded(q: Tensor, codec: Codec) -> Tensor:

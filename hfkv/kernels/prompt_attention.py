@@ -37,9 +37,12 @@ def prompt_attention(
     if causal and queries not in (1, tokens):
         mask, causal = lower_right(queries, tokens, q.device), False
     causal = causal and queries > 1
-    if groups > 1:
+    grouped = groups > 1 and mask is None and k.shape[3] == v.shape[3] <= 256  # else SDPA falls back to its slow path
+    if groups > 1 and not grouped:
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+    )
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:

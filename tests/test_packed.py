@@ -1,0 +1,165 @@
+"""Packed layers: every kept token in exactly one tier, with its own bytes, whatever a policy demands."""
+
+import copy
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfkv.kernels.quantize_pack import Basis
+from hfkv.paging.packed import Incoming, PackedLayer
+from hfkv.paging.pool import PagePool
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout
+
+DIM = 16
+
+
+def packed_layer(rows, tokens=32, tiers=((8, 8), (4, 4))):
+    pool = PagePool("cpu")
+    layouts = [
+        PageLayout(*(Codec.of(t, s, DIM, torch.float32, "fitted") for s in ("key", "value")), tokens, True)
+        for t in tiers
+    ]
+    return PackedLayer(pool, layouts, rows, Basis(None, None, None), False)
+
+
+def incoming(counts, births):
+    """Tokens whose key says which they are: feature 0 is the birth, the rest a pattern of row and birth."""
+    rows, most = len(counts), max(counts, default=0)
+    valid = torch.arange(most) < torch.tensor(counts)[:, None]
+    birth = torch.tensor([[b + i for i in range(most)] for b in births]).view(rows, most)
+    pattern = torch.sin(torch.arange(DIM) * (birth[..., None] % 97 + 1.0))
+    return Incoming(pattern, pattern.flip(-1), torch.rand(rows, most), birth, valid)
+
+
+def slots(layer):
+    return [layer.slots(tier, ("score", "birth")) for tier in range(layer.tiers)]
+
+
+def step(layer, counts, births, random):
+    """One flush with random tiers; returns per row {birth: tier} as the policy said it."""
+    fresh = incoming(counts, births)
+    stored = slots(layer)
+    now = [torch.where(filled, (HIGH, LOW)[t], EMPTY) for t, (filled, _) in enumerate(stored)]
+    current = torch.cat([*now, torch.where(fresh.valid, NEW, EMPTY)], 1).to(torch.int8)
+    choice = torch.tensor([[random.choice((HIGH, LOW, PRUNED)) for _ in range(current.shape[1])] for _ in counts])
+    choice = choice.view(current.shape)
+    target = torch.where((current == LOW) & (choice == HIGH), LOW, choice)
+    births_all = torch.cat([*(parts["birth"].long() for _, parts in stored), fresh.birth], 1)
+    expected = [
+        {
+            int(b): int(t)
+            for b, t, c in zip(births_all[r], target[r], current[r], strict=True)
+            if c != EMPTY and t != PRUNED
+        }
+        for r in range(len(counts))
+    ]
+    scores = [torch.rand(filled.shape) for filled, _ in stored]
+    plan = layer.plan(target, current, scores)
+    coded = layer.code_incoming(plan, fresh)
+    needed = {}
+    for cls, (grow, _) in zip(layer.classes, plan.growth, strict=True):
+        needed[cls] = needed.get(cls, 0) + grow
+    layer.pool.reserve(needed)
+    layer.apply(plan, coded)
+    return expected
+
+
+def tiers_held(layer):
+    held = [{} for _ in range(layer.rows)]
+    for tier, (filled, parts) in enumerate(slots(layer)):
+        for row, slot in filled.nonzero().tolist():
+            birth = int(parts["birth"][row, slot])
+            assert birth not in held[row], "a token is in two places"
+            held[row][birth] = tier
+        assert (parts["birth"][~filled] == 0).all()
+        assert (parts["score"][~filled] == 0).all()
+    return held
+
+
+def check_bytes(layer):
+    """Every stored key still decodes to the pattern of its birth."""
+    from hfkv.kernels.compaction import take
+    from hfkv.kernels.quantize_pack import unpack_tokens
+
+    for tier, page_layout in enumerate(layer.layouts):
+        ids, row, index = layer.table.pages(tier, layer.page_counts(tier))
+        pages = layer.pool.gather(layer.classes[tier], ids)
+        slot = index[:, None] * page_layout.tokens + torch.arange(page_layout.tokens)
+        filled = (slot < layer.table.lengths[row, tier][:, None]).flatten().nonzero().squeeze(1)
+        tokens = take(page_layout, pages, filled)
+        keys, values = unpack_tokens(page_layout, tokens)
+        pattern = torch.sin(torch.arange(DIM) * (tokens["birth"][:, None] % 97 + 1.0))
+        bound = 0.02 if tier == 0 else 0.2
+        if keys.numel():
+            assert (keys - pattern).abs().max() < bound
+            assert (values - pattern.flip(-1)).abs().max() < bound
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.lists(st.integers(0, 70), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+    st.sampled_from([32, 64]),
+)
+@settings(max_examples=400, deadline=None)
+def test_every_kept_token_is_in_exactly_one_tier(rows, flushes, random, tokens):
+    layer = packed_layer(rows, tokens)
+    births = [0] * rows
+    for counts in flushes:
+        counts = counts[:rows]
+        expected = step(layer, counts, births, random)
+        births = [b + c for b, c in zip(births, counts, strict=True)]
+        assert tiers_held(layer) == expected
+        check_bytes(layer)
+        for tier, page_layout in enumerate(layer.layouts):  # pages are returned at once
+            pages = (layer.table.lengths[:, tier].long() + page_layout.tokens - 1) // page_layout.tokens
+            page_class = layer.pool._classes[layer.classes[tier]]
+            assert page_class.pages - page_class.free == int(pages.sum())
+    layer.release()
+    assert layer.pool.used_bytes == 0
+
+
+@given(
+    st.lists(st.integers(0, 90), min_size=3, max_size=3),
+    st.lists(st.integers(0, 90), min_size=3, max_size=3),
+    st.randoms(),
+)
+@settings(max_examples=150, deadline=None)
+def test_restore_undoes_appending(first, second, random):
+    layer = packed_layer(3)
+    step(layer, first, [0, 0, 0], random)
+    before, used = copy.deepcopy(tiers_held(layer)), layer.pool.used_bytes
+    table = layer.table.clone()
+    fresh = incoming(second, first)
+    stored = slots(layer)
+    now = [torch.where(filled, (HIGH, LOW)[t], EMPTY) for t, (filled, _) in enumerate(stored)]
+    current = torch.cat([*now, torch.where(fresh.valid, NEW, EMPTY)], 1).to(torch.int8)
+    target = torch.where(current == NEW, LOW, current)
+    plan = layer.plan(target, current, [parts["score"].float() for _, parts in stored])
+    layer.pool.reserve({cls: grow for cls, (grow, _) in zip(layer.classes, plan.growth, strict=True)})
+    layer.apply(plan, layer.code_incoming(plan, fresh))
+    layer.restore(table)
+    assert tiers_held(layer) == before
+    assert layer.pool.used_bytes == used
+    check_bytes(layer)
+
+
+@given(
+    st.lists(st.integers(0, 90), min_size=3, max_size=3),
+    st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    st.randoms(),
+)
+@settings(max_examples=150, deadline=None)
+def test_select_copies_rows(counts, index, random):
+    layer = packed_layer(3)
+    step(layer, counts, [0, 100, 200], random)
+    before = tiers_held(layer)
+    chosen = torch.tensor(index)
+    demand = layer.select_demand(chosen)
+    layer.pool.reserve({c: max(0, grow - freed) for c, (grow, freed) in zip(layer.classes, demand, strict=True)})
+    layer.select(chosen)
+    assert tiers_held(layer) == [before[i] for i in index]
+    check_bytes(layer)
+    ids = torch.cat([layer.table.pages(t, layer.page_counts(t))[0] * 2 + t for t in range(2)])
+    assert ids.unique().numel() == ids.numel()
