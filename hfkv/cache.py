@@ -73,6 +73,7 @@ class LeanKVCache(LazyLinearLayers):
         self._updates: dict[int, int] = {}
         self._undo: list[tuple[int, Any, Any]] = []
         self._flush_due = False
+        self._budget_said = False
         self.fills = FillBook()
         if self.model_config is not None:
             for index, native in enumerate(DynamicCache(config=self.model_config).layers):
@@ -196,7 +197,7 @@ class LeanKVCache(LazyLinearLayers):
         planned = [(tokens, plan_flush(tokens)) for tokens in self.compressed]
         for pool in self.pools:
             work = [(tokens.packed, flush.plan) for tokens, flush in planned if tokens.packed.pool is pool]
-            self.reserve(pool, work, FLUSH_SLACK)
+            self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
         for layer in self.lean_layers:
             layer.generation += 1
         for tokens, flush in planned:
@@ -259,6 +260,17 @@ class LeanKVCache(LazyLinearLayers):
         self.plain_reasons[index] = reason
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
+
+    def note_fixed_cost(self, ratio: float) -> None:
+        """Say once that a budget is below what window, queries and tables take alone: `ratio` of the exact bytes."""
+        if not self._budget_said:
+            self._budget_said = True
+            logger.warning(
+                "budget=%g cannot be kept yet: recent window, queries and tables alone take %.3f of the exact bytes; "
+                "use a smaller LeanKVConfig.window or a longer context",
+                self.config.budget,
+                ratio,
+            )
 
     def _unpaged_bytes(self, device: torch.device) -> int:
         return sum(tokens.unpaged_bytes for tokens in self.compressed if tokens.device == device)

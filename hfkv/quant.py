@@ -342,11 +342,16 @@ def rotation(dim: int, seed: int, device: torch.device | str = "cpu") -> tuple[T
 
     Hadamard (normalised) for dim = 2^k x {1, 12, 20, 28}; otherwise a fixed orthogonal matrix drawn with `seed`.
     """
+    return _rotation_on(dim, seed, torch.device(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _rotation_on(dim: int, seed: int, device: torch.device) -> tuple[Tensor, str]:
+    """One matrix for all layers and caches of a device."""
     matrix, name = _rotation(dim, seed)
     return matrix.to(device), name
 
 
-@functools.lru_cache(maxsize=64)
 def _rotation(dim: int, seed: int) -> tuple[Tensor, str]:
     for base in (1, 12, 20, 28):
         power, rest = divmod(dim, base)

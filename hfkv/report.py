@@ -136,14 +136,14 @@ def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
         ValueError: the layer is not compressed.
     """
     layer = cache.layers[layer_idx]
-    if not getattr(layer, "open", False):
-        raise ValueError(
-            f"layer {layer_idx} is not compressed: {cache.plain_reasons.get(layer_idx, 'it has no tokens yet')}"
-        )
-    packed, fill = layer.packed, layer.fill
-    batch, heads = fill.counts.numel(), layer.window.k.shape[1]
+    held: LayerTokens | None = getattr(layer, "tokens", None)
+    if held is None:
+        reason = cache.plain_reasons.get(layer_idx, "it has no tokens yet")
+        raise ValueError(f"layer {layer_idx} is not compressed: {reason}")
+    packed, fill = held.packed, held.fill
+    batch, heads = fill.batch, held.window.heads
     tiers = torch.zeros(batch * heads, layer.seen + 1, dtype=torch.uint8)  # the last column takes what is no token
-    if layer.config.selects:
+    if held.config.selects:
         for tier in range(packed.tiers):
             filled, parts = packed.slots(tier, ("birth",))
             column = torch.where(filled, parts["birth"].long(), layer.seen).cpu()

@@ -88,7 +88,15 @@ def plan_tiers(tokens: LayerTokens, incoming: Incoming, scores: list[Tensor] | N
         tiers=packed.tiers,
         costs=tokens.costs,
     )
+    _check_fixed_cost(tokens, candidates)
     target = only_down(candidates, tokens.policy(candidates)).view(current.shape)
     if scores is None:
         target = torch.where(current == NEW, target, current)
     return packed.plan(target, current, old)
+
+
+def _check_fixed_cost(tokens: LayerTokens, candidates: Candidates) -> None:
+    exact = candidates.length * candidates.tier.shape[1] * candidates.costs.exact_token  # [batch]
+    ratio = candidates.costs.fixed / max(int(exact.max()), 1)
+    if tokens.config.budget is not None and ratio > tokens.config.budget:
+        tokens.cache.note_fixed_cost(ratio)

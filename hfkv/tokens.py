@@ -80,8 +80,9 @@ class LayerTokens:
         """What a policy with a budget has to add up, per sequence."""
         layouts = self.packed.layouts
         exact = (layouts[0].key.dim + layouts[0].value.dim) * self.dtype.itemsize
-        chunks = self.packed.pool.chunk_bytes * len(layouts) // max(self.cache.layer_count or 1, 1)
-        fixed = math.ceil((self.unpaged_bytes + chunks) / self.fill.batch)
+        pool, layers = self.packed.pool, max(self.cache.layer_count or 1, 1)
+        idle = max(pool.chunk_bytes * len(layouts), pool.physical_bytes - pool.used_bytes)  # free pages of all layers
+        fixed = math.ceil((self.unpaged_bytes + idle / layers) / self.fill.batch)
         return Costs(tuple(layout.token_bytes for layout in layouts), layouts[0].tokens, exact, fixed)
 
     @property

@@ -69,7 +69,7 @@ def test_invalid_combinations_name_the_field(fields, named):
 def test_errors_name_the_value_and_what_is_allowed():
     with pytest.raises(ValueError, match=r"page_tokens = 48 .*\(32, 64\)"):
         LeanKVConfig(page_tokens=48)
-    with pytest.raises(ValueError, match="'tiny'.*exact, k8v4, balanced, aggressive, paper"):
+    with pytest.raises(ValueError, match=r"'tiny'.*exact, k8v4, balanced, aggressive, paper"):
         LeanKVConfig.preset("tiny")
 
 

@@ -30,11 +30,11 @@ class ItemBlock:
     Attributes:
         tier: index of the tier, whose pages have this layout.
         span: pages per item.
-        sources: (page-sized rows of an arena, row of each page) per arena.
-        order: int64 [items * span], brings the pages of all sources into the items' order; None: they are in it.
+        sources: (page-sized rows of an arena, row of each page int32) per arena; an item's last page may come again
+            to fill its span.
+        order: int32 [items * span], brings the pages of all sources into the items' order; None: they are in it.
         row: int64 [items], the KV head (of all sequences) that owns each item.
-        index: int64 [items * span], number of each page inside its row; what lies behind a row's last page repeats it.
-        bias: float32 [items, 1, span * tokens], -inf for free slots and repeated pages; None where there are none.
+        filled: int32 [items], tokens of each item, which come first; None where all are full.
     """
 
     tier: int
@@ -43,8 +43,21 @@ class ItemBlock:
     sources: tuple[tuple[Tensor, Tensor], ...]
     order: Tensor | None
     row: Tensor
-    index: Tensor
-    bias: Tensor | None
+    filled: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block's own tensors; the pages that it names are not among them."""
+        own = [self.row, *(words for _, words in self.sources)]
+        return sum(x.nbytes for x in (*own, self.order, self.filled) if x is not None)
+
+    @property
+    def free(self) -> Tensor | None:
+        """bool [items, 1, span * tokens]: slots without a token; None where all are full."""
+        if self.filled is None:
+            return None
+        slot = torch.arange(self.span * self.layout.tokens, dtype=torch.int32, device=self.row.device)
+        return (slot >= self.filled[:, None])[:, None]
 
     def gather(self) -> Tensor:
         """The block's bytes, uint8 [items * span, page_bytes]."""
@@ -61,8 +74,11 @@ class WorkList:
 
     blocks: tuple[ItemBlock, ...]
     rows: int
-    key_dim: int
     value_dim: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
 
 
 def attend_pages(
@@ -127,8 +143,9 @@ def _block_logits(
         if constant is not None:
             logits += constant.index_select(0, row)[..., None]
         logits = cap(logits, softcap)
-        if block.bias is not None:
-            logits += block.bias
+        free = block.free
+        if free is not None:
+            logits.masked_fill_(free, float("-inf"))
         yield block, Values(layout.value, layout.view(pages, "value"), vs, vo), logits
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hfkv.kernels import compaction
 from hfkv.kernels.decode_attention import BLOCK_TOKENS, ItemBlock, WorkList
-from hfkv.kernels.partial import hidden_bias
 from hfkv.kernels.quantize_pack import Basis, Tokens, code_tokens, pack_tokens, unpack_tokens
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
@@ -92,9 +91,10 @@ class PackedLayer:
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of this layer beside its pages: page table and mean keys."""
-        mean = 0 if self.basis.mean is None else self.basis.mean.nbytes + self._has_mean.nbytes
-        return self.table.nbytes + mean
+        """Bytes of this layer beside its pages: page table, work list and mean keys."""
+        mean = 0 if self.basis.mean is None else self.basis.mean.nbytes
+        work = 0 if self._work is None else self._work.nbytes
+        return self.table.nbytes + mean + work + self._has_mean.nbytes
 
     def page_counts(self, tier: int) -> Tensor:
         return self.table.page_counts(tier, self.layouts[tier].tokens)
@@ -105,8 +105,7 @@ class PackedLayer:
         """The work list of the pages as they are; kept until the next change."""
         if self._work is None:
             blocks = [block for tier in range(self.tiers) for block in self._blocks(tier)]
-            key, value = self.layouts[0].key, self.layouts[0].value
-            self._work = WorkList(tuple(blocks), self.rows, key.dim, value.dim)
+            self._work = WorkList(tuple(blocks), self.rows, self.layouts[0].value.dim)
         return self._work
 
     def _blocks(self, tier: int) -> list[ItemBlock]:
@@ -116,40 +115,39 @@ class PackedLayer:
             return []
         span = min(max(pages // (ITEMS_PER_ROW * int((counts > 0).sum())), 1), MAX_SPAN)
         row, item = ragged_index((counts + span - 1) // span)
+        filled = self.table.lengths[row, tier] - item * (span * layout.tokens)
         index = item[:, None] * span + torch.arange(span, device=row.device)  # [items, span]
-        slot = index[..., None] * layout.tokens + torch.arange(layout.tokens, device=row.device)
-        hidden = (slot >= self.table.lengths[row, tier, None, None]).flatten(1)  # [items, span * tokens]
         index = torch.minimum(index, counts[row, None] - 1)
         per_block = max(1, BLOCK_TOKENS // (span * layout.tokens))
         blocks = []
         for first in range(0, row.numel(), per_block):
             part = slice(first, first + per_block)
-            ids = self.table.lookup(tier, row[part, None], index[part]).flatten()
-            found = self.pool.locate(self.classes[tier], ids)
-            order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort()
-            bias = hidden_bias(hidden[part])[:, None] if bool(hidden[part].any()) else None
-            sources = tuple((rows, words) for rows, words, _ in found)
-            blocks.append(ItemBlock(tier, layout, span, sources, order, row[part], index[part].flatten(), bias))
+            found = self.pool.locate(
+                self.classes[tier], self.table.lookup(tier, row[part, None], index[part]).flatten()
+            )
+            order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort().int()
+            full = bool((filled[part] >= span * layout.tokens).all())
+            sources = tuple((rows, words.int()) for rows, words, _ in found)
+            own = row[part].clone(), None if full else filled[part].int()
+            blocks.append(ItemBlock(tier, layout, span, sources, order, *own))
         return blocks
 
     def per_slot(self, blocks_values: list[Tensor]) -> list[Tensor]:
         """Values per block [items * span, tokens] -> per tier [rows, slots], in the order of the page table."""
         out = []
         for tier, layout in enumerate(self.layouts):
-            width = int(self.page_counts(tier).max()) if self.rows else 0
-            out.append(torch.zeros(self.rows, width, layout.tokens, device=self.pool.device))
-        for block, values in zip(self.work().blocks, blocks_values, strict=True):
-            row = block.row.repeat_interleave(block.span)
-            real = torch.ones_like(row, dtype=torch.bool) if block.bias is None else self._first_of_page(block, row)
-            out[block.tier][row[real], block.index[real]] = values[real]
-        return [o.flatten(1) for o in out]
-
-    @staticmethod
-    def _first_of_page(block: ItemBlock, row: Tensor) -> Tensor:
-        """bool [items * span]: False where a row's last page is repeated to fill an item."""
-        repeats = torch.zeros_like(row, dtype=torch.bool)
-        repeats[1:] = (row[1:] == row[:-1]) & (block.index[1:] == block.index[:-1])
-        return ~repeats
+            counts = self.page_counts(tier)
+            grid = torch.zeros(self.rows, int(counts.max()) if self.rows else 0, layout.tokens, device=self.pool.device)
+            own = [(b, v) for b, v in zip(self.work().blocks, blocks_values, strict=True) if b.tier == tier]
+            if own:
+                span = own[0][0].span
+                row, item = ragged_index((counts + span - 1) // span)
+                index = (item[:, None] * span + torch.arange(span, device=row.device)).flatten()
+                row = row.repeat_interleave(span)
+                real = index < counts[row]
+                grid[row[real], index[real]] = torch.cat([values for _, values in own])[real]
+            out.append(grid.flatten(1))
+        return out
 
     def slots(self, tier: int, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-token parts by slot: (filled bool [rows, slots], name -> [rows, slots] with 0 in free slots)."""
