@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
-from hfkv.kernels.decode_attention import WorkList, attend_pages
-from hfkv.kernels.partial import Partial, attend_exact, hidden_bias, merge, normalise
+from hfkv.kernels.decode_attention import ExactKeys, JointLogits, WorkList, exact_keys, hidden_bias, join
 from hfkv.kernels.prompt_attention import prompt_attention
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.window import Window
 
-QUERY_BLOCK = 256
+CHUNK_LOGITS = 1 << 24
+"""Logits of one block of a long chunk's queries, at most."""
 
 
 @dataclass(frozen=True)
@@ -68,41 +68,64 @@ def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | Non
 
 def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
     """Attention of the newest queries, whose tokens are in the window already -> [batch, q_heads, queries, Dv]."""
-    heads = past.window.heads
-    rows = head_rows(q, heads, call)
-    parts = [_over_window(past, rows, q.shape[2], own=True, call=call)]
-    if past.work.blocks:
-        parts.append(_over_pages(past, rows, call))
-    return _joined(parts, q, heads, call)[0]
+    return output(past.basis, joint_logits(past, q, call, []), q)
 
 
-def attend_chunk(past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+def attend_chunk(
+    past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, observed: int
+) -> tuple[Tensor, Tensor | None]:
     """A long chunk over the past and, causally, over itself, by blocks of queries.
 
     Returns:
-        (output [batch, q_heads, queries, Dv], log-sum-exp over all keys [rows, groups, queries]).
+        (output [batch, q_heads, queries, Dv], log-sum-exp over all keys [rows, groups, queries]; the latter is None
+        where no query is `observed`).
     """
     heads, skipped = chunk.k.shape[1], chunk.k.shape[2] - q.shape[2]
     k, v = chunk.k.flatten(0, 1).float(), chunk.v.flatten(0, 1).float()
     pads = None if valid is None else hidden_bias(~valid)[:, None]  # [batch, 1, tokens]
+    keys_of_all = past.work.width + past.fill.most + k.shape[1]
+    step = max(16, CHUNK_LOGITS // (q.shape[0] * q.shape[1] * keys_of_all))
     outs, lses = [], []
-    for first in range(0, q.shape[2], QUERY_BLOCK):
-        block = q[:, :, first : first + QUERY_BLOCK]
+    for first in range(0, q.shape[2], step):
+        block = q[:, :, first : first + step]
         count, end = block.shape[2], skipped + first + block.shape[2]
-        rows = head_rows(block, heads, call)
         slot = torch.arange(end, device=q.device)
         bias = hidden_bias(slot > slot[end - count :, None])[None]  # [1, count, end]
         if pads is not None:
             bias = bias + pads[..., :end]
-        parts = [attend_exact(rows, k[:, :end], v[:, :end], _spread(bias, rows, count, heads), call.softcap)]
-        if past.fill.most:
-            parts.append(_over_window(past, rows, count, own=False, call=call))
-        if past.work.blocks:
-            parts.append(_over_pages(past, rows, call))
-        out, lse = _joined(parts, block, heads, call)
-        outs.append(out)
-        lses.append(lse.unflatten(1, (-1, count)))
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+        rows = head_rows(block, heads, call)
+        own = exact_keys(rows, k[:, :end], v[:, :end], _spread(bias, rows, count, heads), call.softcap)
+        joint = joint_logits(past, block, call, [own], in_window=False)
+        outs.append(output(past.basis, joint, block))
+        if observed:
+            lses.append(joint.logits.logsumexp(-1).unflatten(1, (-1, count)))
+    return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
+
+
+def joint_logits(past: Past, q: Tensor, call: Call, own: list[ExactKeys], in_window: bool = True) -> JointLogits:
+    """Logits of q [batch, q_heads, queries, D] over pages, window and `own` keys.
+
+    With `in_window` the queries belong to the window's newest tokens, else the whole window lies before them.
+    """
+    heads, queries, window, fill = past.window.heads, q.shape[2], past.window, past.fill
+    rows = head_rows(q, heads, call)
+    k = window.k[:, :, : fill.most].flatten(0, 1).float()
+    v = window.v[:, :, : fill.most].flatten(0, 1).float()
+    bias = _spread(fill.bias(queries if in_window else 1), rows, queries, heads)
+    exact = [exact_keys(rows, k, v, bias, call.softcap), *own]
+    rotated = constant = None
+    if past.work.blocks:
+        rotated = past.basis.rotate_keys(rows)
+        constant = past.basis.constant(rotated)
+    return join(past.work, rotated, constant, exact, call.softcap, sink_rows(q, heads, call))
+
+
+def output(basis: Basis, joint: JointLogits, q: Tensor) -> Tensor:
+    """The attention output [batch, q_heads, queries, Dv] in q's dtype."""
+    packed, out = joint.attend()
+    if packed is not None:
+        out += basis.unrotate_values(packed)
+    return out.view(*q.shape[:3], -1).to(q.dtype)
 
 
 def head_rows(q: Tensor, kv_heads: int, call: Call) -> Tensor:
@@ -123,22 +146,6 @@ def says_more_than_padding(mask: Tensor | None) -> bool:
     return mask is not None and (mask.shape[-2] > 1 or mask.dtype != torch.bool or mask.shape[1] > 1)
 
 
-def _over_pages(past: Past, rows: Tensor, call: Call) -> Partial:
-    """Over packed pages with rotated queries; the result is back in the plain basis."""
-    rotated = past.basis.rotate_keys(rows)
-    part = attend_pages(past.work, rotated, past.basis.constant(rotated), call.softcap)
-    return Partial(past.basis.unrotate_values(part.acc), part.top, part.mass)
-
-
-def _over_window(past: Past, rows: Tensor, queries: int, own: bool, call: Call) -> Partial:
-    """Over the window; with `own` the queries are its newest tokens, else all of it lies before them."""
-    fill, window = past.fill, past.window
-    k = window.k[:, :, : fill.most].flatten(0, 1).float()
-    v = window.v[:, :, : fill.most].flatten(0, 1).float()
-    bias = fill.bias(queries if own else 1)
-    return attend_exact(rows, k, v, _spread(bias, rows, queries, window.heads), call.softcap)
-
-
 def _spread(bias: Tensor | None, rows: Tensor, queries: int, kv_heads: int) -> Tensor | None:
     """[batch or 1, queries or 1, tokens] -> [rows or 1, groups * queries or 1, tokens]."""
     if bias is None:
@@ -146,8 +153,3 @@ def _spread(bias: Tensor | None, rows: Tensor, queries: int, kv_heads: int) -> T
     if bias.shape[1] > 1:
         bias = bias.repeat(1, rows.shape[1] // queries, 1)
     return bias if bias.shape[0] == 1 else bias.repeat_interleave(kv_heads, 0)
-
-
-def _joined(parts: list[Partial], q: Tensor, kv_heads: int, call: Call) -> tuple[Tensor, Tensor]:
-    part = merge(parts, sink_rows(q, kv_heads, call))
-    return normalise(part).view(*q.shape[:3], -1).to(q.dtype), part.lse

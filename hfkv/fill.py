@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfkv.kernels.partial import hidden_bias
+from hfkv.kernels.decode_attention import hidden_bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -182,12 +182,13 @@ class LeanKVLayer(DynamicLayer):
     def _attend_past(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> Tensor:
         assert self.tokens is not None
         if chunk.past is not None:  # another layer reads a long chunk again
-            return attend_chunk(chunk.past, chunk, q, valid, call)[0]
+            return attend_chunk(chunk.past, chunk, q, valid, call, observed=0)[0]
         if not chunk.stored:
             new = chunk.k.shape[2]
             if new > self.config.flush or new > self.tokens.capacity_left:
                 chunk.past = self.tokens.past()
-                out, lse = attend_chunk(chunk.past, chunk, q, valid, call)
+                observed = self.config.observe if self.config.selects else 0
+                out, lse = attend_chunk(chunk.past, chunk, q, valid, call, observed)
                 self._store(chunk, q, valid, call, lse)
                 return out
             self.tokens.append(chunk, q, valid, call)

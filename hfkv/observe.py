@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hfkv.attend import Call, head_rows, sink_rows
 from hfkv.fill import newest_last
-from hfkv.kernels.decode_attention import attend_pages, attention_received
+from hfkv.kernels.decode_attention import attention_received, exact_keys, hidden_bias, join
 from hfkv.kernels.observe import received_exact
-from hfkv.kernels.partial import attend_exact, hidden_bias, merge
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
@@ -60,18 +59,19 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences) -> tuple[list[Tens
     q, call = tokens.queries.kept(), tokens.call
     if q is None or call is None:
         return old, torch.ones(fill.batch * heads, sequences.k.shape[2], device=sequences.k.device)
-    rows, groups = head_rows(q, heads, call), q.shape[1] // heads
+    groups = q.shape[1] // heads
     at = torch.tensor(tokens.queries.positions, device=q.device)
     position = fill.token_positions[:, None]  # [batch, 1, n]
     visible = ((position <= at[:, None]) & (position >= 0)).repeat_interleave(heads, 0)  # [rows, queries, n]
-    keys, bias = sequences.k.flatten(0, 1).float(), hidden_bias(~visible).repeat(1, groups, 1)
+    rows, keys = head_rows(q, heads, call), sequences.k.flatten(0, 1).float()
+    window = exact_keys(rows, keys, keys, hidden_bias(~visible).repeat(1, groups, 1), call.softcap)
     work, rotated = packed.work(), packed.basis.rotate_keys(rows)
     constant = packed.basis.constant(rotated)
-    over_window = attend_exact(rows, keys, keys[..., :0], bias, call.softcap)
-    over_pages = attend_pages(work, rotated, constant, call.softcap, values=False)
-    lse = merge([over_window, over_pages], sink_rows(q, heads, call)).lse
-    score = _scored(received_exact(rows, keys, visible, groups, call.softcap, None, lse), visible, fill.lengths, heads)
-    received = packed.per_slot(attention_received(work, rotated, constant, call.softcap, lse, groups))
+    joint = join(work, rotated, constant, [window], call.softcap, sink_rows(q, heads, call))
+    p = joint.logits.softmax(-1)
+    received = attention_received(p, work, groups)
+    in_window = p[..., work.width : work.width + keys.shape[1]].unflatten(1, (groups, -1)).sum(2).amax(1)
+    score = _scored(in_window / visible.sum(1).clamp_min(1), visible, fill.lengths, heads)
     length = fill.lengths.repeat_interleave(heads, 0)[:, None]
     new = [
         aged(score, block * length, parts["birth"], fill.seen, tokens.queries.stands_for)

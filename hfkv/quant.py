@@ -271,6 +271,11 @@ class PageLayout:
         """First byte behind the codes: from here on a free slot is zero."""
         return self.fields["value"][1]
 
+    @functools.cached_property
+    def zero_start(self) -> int:
+        """First byte that must be zero in an unused page: exact values count, which could be NaN."""
+        return self.fields["value"][1 if self.value.bits else 0]
+
     def view(self, pages: Tensor, name: str) -> Tensor:
         """One part of pages uint8 [n, page_bytes], contiguous, as a view in its own dtype.
 

@@ -1,172 +1,237 @@
-"""Attention of a few queries over packed pages, straight from their codes.
+"""Attention over packed pages, straight from their codes, joined with attention over exact keys in one softmax.
 
-out_q = sum_t softmax_t(q . k_t) v_t with k_t = ks_t * code - ko_t and v_t likewise, so that
+With k_t = ks_t * code - ko_t and v_t likewise,
 
     q . k_t = ks_t * (q . code_t) - ko_t * sum(q)        sum_t p_t v_t = sum_t (p_t vs_t) code_t - sum_t p_t vo_t
 
-Codes meet only the two matrix products; scales and offsets stay outside. The unit of work is an item: `span` pages of
-one row, a row being one KV head of one sequence. The twin gathers a block of items, widens the codes, and folds the
-block into running (acc, max, mass) per row. Queries and values are in the rotated basis of the pages.
+so that codes meet only the two matrix products; scales and offsets stay outside. The twin works by blocks of pages: it
+gathers a block's bytes, widens the codes, and forms the block's logits; after one softmax over all blocks, the exact
+keys and the sinks it widens the values of each block again. A row is one KV head of one sequence. Queries and values
+of packed tokens are in the rotated basis of the pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hfkv.kernels.partial import Partial, cap
 from hfkv.quant import PLANES, Codec, PageLayout
 
 BLOCK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class ItemBlock:
-    """Some work items of one tier.
+class PageBlock:
+    """Some pages of some rows in one tier, as many of each row.
 
     Attributes:
-        tier: index of the tier, whose pages have this layout.
-        span: pages per item.
-        sources: (page-sized rows of an arena, row of each page int32) per arena; an item's last page may come again
-            to fill its span.
-        order: int32 [items * span], brings the pages of all sources into the items' order; None: they are in it.
-        row: int64 [items], the KV head (of all sequences) that owns each item.
-        filled: int32 [items], tokens of each item, which come first; None where all are full.
+        tier, layout: index of the tier, and its layout.
+        row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `filled` hides.
+        sources: (page-sized rows of an arena, row of each page int32) per arena.
+        order: int32 [r * pages], brings the pages of all sources into row-major order; None: they are in it.
+        filled: int32 [r], tokens of each row in this block, which come first; None where all slots are full.
+        columns: first and last slot of the block among all packed slots of a row.
     """
 
     tier: int
     layout: PageLayout
-    span: int
+    row: Tensor | None
     sources: tuple[tuple[Tensor, Tensor], ...]
     order: Tensor | None
-    row: Tensor
     filled: Tensor | None
+    columns: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's own tensors; the pages that it names are not among them."""
-        own = [self.row, *(words for _, words in self.sources)]
-        return sum(x.nbytes for x in (*own, self.order, self.filled) if x is not None)
-
-    @property
-    def free(self) -> Tensor | None:
-        """bool [items, 1, span * tokens]: slots without a token; None where all are full."""
-        if self.filled is None:
-            return None
-        slot = torch.arange(self.span * self.layout.tokens, dtype=torch.int32, device=self.row.device)
-        return (slot >= self.filled[:, None])[:, None]
+        own = [self.row, self.order, self.filled, *(words for _, words in self.sources)]
+        return sum(x.nbytes for x in own if x is not None)
 
     def gather(self) -> Tensor:
-        """The block's bytes, uint8 [items * span, page_bytes]."""
+        """The block's bytes, uint8 [r * pages, page_bytes]."""
         parts = [torch.index_select(rows, 0, words) for rows, words in self.sources]
         pages = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.order is not None:
             pages = pages.index_select(0, self.order)
         return pages.view(torch.uint8)
 
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The block's rows of x [rows, ...]."""
+        return x if self.row is None else x.index_select(0, self.row)
+
 
 @dataclass(frozen=True)
 class WorkList:
-    """All packed pages of a layer as items, made once per flush; it stays valid while tokens are only appended."""
+    """All packed pages of a layer, made once per flush; it stays valid while tokens are only appended.
 
-    blocks: tuple[ItemBlock, ...]
+    Attributes:
+        slots: per tier, packed slots per row, free ones included; a row's columns are those of tier 0, then of tier 1.
+    """
+
+    blocks: tuple[PageBlock, ...]
     rows: int
-    value_dim: int
+    slots: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
 
-
-def attend_pages(
-    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, values: bool = True
-) -> Partial:
-    """Attention over packed tokens: q float32 [rows, queries, key_dim], rotated and scaled -> Partial (rotated values).
-
-    `constant` [rows, queries] is added to every logit of a query (its product with the mean key). Without `values` only
-    the maximum and the mass are computed.
-    """
-    total = Partial.empty(work.rows, q.shape[1], work.value_dim if values else 0, q.device)
-    before_cap = constant if softcap is not None else None
-    for i, (block, held, logits) in enumerate(_block_logits(work, q, before_cap, softcap)):
-        row, highest = block.row, logits.amax(-1)  # [items, queries]
-        top = total.top.scatter_reduce(0, row[:, None].expand_as(highest), highest, "amax")  # [rows, queries]
-        p = logits.sub_(top.index_select(0, row)[..., None]).exp_()  # [items, queries, span * tokens]
-        if i:
-            fade = torch.exp(total.top - top)
-            total.acc *= fade[..., None]
-            total.mass *= fade
-        total.top = top
-        total.mass.index_add_(0, row, p.sum(-1))
-        if values:
-            total.acc.index_add_(0, row, held.weighed(p))
-    if constant is not None and before_cap is None:
-        total.top += constant  # equal for all keys of a query
-    return total
-
-
-def attention_received(
-    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None, lse: Tensor, groups: int
-) -> list[Tensor]:
-    """Mean probability that every packed token receives, largest over the GQA group.
-
-    Args:
-        q: float32 [rows, groups * queries, key_dim], rotated and scaled.
-        lse: [rows, groups * queries], log-sum-exp over *all* keys of each query, window included.
-
-    Returns:
-        Per block float32 [items * span, tokens].
-    """
-    received = []
-    for block, _, logits in _block_logits(work, q, constant, softcap):
-        p = logits.sub_(lse.index_select(0, block.row)[..., None]).exp_()
-        received.append(p.unflatten(1, (groups, -1)).mean(2).amax(1).view(-1, block.layout.tokens))
-    return received
-
-
-def _block_logits(
-    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
-) -> Iterator[tuple[ItemBlock, Values, Tensor]]:
-    """Per block: its values, and its owners' logits [items, queries, span * tokens], -inf in free slots."""
-    total = q.sum(-1, keepdim=True)  # [rows, queries, 1]
-    for block in work.blocks:
-        layout, row, pages = block.layout, block.row, block.gather()
-        codec, items = layout.key, row.numel()
-        ks, ko, vs, vo = (term.reshape(items, 1, -1) if term.dim() else term for term in layout.terms(pages))
-        keys = widen(layout.view(pages, "key"), codec, -1).reshape(items, -1, codec.padded)  # [items, span * tokens, D]
-        logits = torch.bmm(_padded(q, codec).index_select(0, row), keys.transpose(1, 2))
-        if codec.bits:
-            logits.mul_(ks).addcmul_(total.index_select(0, row), ko, value=-1)
-        if constant is not None:
-            logits += constant.index_select(0, row)[..., None]
-        logits = cap(logits, softcap)
-        free = block.free
-        if free is not None:
-            logits.masked_fill_(free, float("-inf"))
-        yield block, Values(layout.value, layout.view(pages, "value"), vs, vo), logits
+    @property
+    def width(self) -> int:
+        return sum(self.slots)
 
 
 @dataclass(frozen=True)
-class Values:
-    """A block's packed values [items * span, rows, tokens], their scales and offsets [items, 1, span * tokens]."""
+class BlockValues:
+    """A block's packed values [r * pages, rows, tokens] with scales and offsets [r, 1, pages * tokens]."""
 
-    codec: Codec
+    block: PageBlock
     packed: Tensor
     scale: Tensor
     offset: Tensor
 
     def weighed(self, p: Tensor) -> Tensor:
-        """sum_t p_t v_t per item: p [items, queries, span * tokens] -> [items, queries, value_dim]."""
-        codec = self.codec
-        packed = self.packed.unflatten(0, (p.shape[0], -1)).transpose(1, 2).contiguous()  # [items, rows, span, tokens]
-        codes = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [items, span * tokens, padded]
+        """sum_t p_t v_t: p [r, queries, pages * tokens] -> [r, queries, value_dim]."""
+        codec = self.block.layout.value
+        packed = self.packed.unflatten(0, (p.shape[0], -1)).transpose(1, 2).contiguous()  # [r, rows, pages, tokens]
+        codes = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [r, pages * tokens, padded]
         if not codec.bits:
             return torch.bmm(p, codes)
         weighed = torch.bmm(p * self.scale, codes)[..., : codec.dim]
         return weighed.sub_((p * self.offset).sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class ExactKeys:
+    """Keys and values that are not packed: logits float32 [rows, queries, n] with masks applied, v [rows, n, Dv]."""
+
+    logits: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class JointLogits:
+    """Logits [rows, queries, packed slots | exact keys | sink] of one softmax, and the packed values they weigh."""
+
+    logits: Tensor
+    values: list[BlockValues]
+    exact: list[ExactKeys]
+    work: WorkList
+
+    def attend(self) -> tuple[Tensor | None, Tensor]:
+        """Attention output over packed tokens (rotated basis; None: there are none) and over exact ones."""
+        p = self.logits.softmax(-1)
+        packed, plain, start = None, None, self.work.width
+        for held in self.values:
+            block = held.block
+            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]))
+            if block.row is not None:
+                part = part.new_zeros(p.shape[0], *part.shape[1:]).index_add_(0, block.row, part)
+            packed = part if packed is None else packed.add_(part)
+        for keys in self.exact:
+            end = start + keys.logits.shape[-1]
+            part, start = torch.bmm(p[..., start:end], keys.v), end
+            plain = part if plain is None else plain.add_(part)
+        assert plain is not None
+        return packed, plain
+
+
+def join(
+    work: WorkList,
+    q: Tensor | None,
+    constant: Tensor | None,
+    exact: list[ExactKeys],
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> JointLogits:
+    """Logits of all keys of each query.
+
+    Args:
+        q: float32 [rows, queries, key_dim], rotated and scaled; None where nothing is packed.
+        constant: [rows, queries], added to every packed logit (a query's product with the mean key), or None.
+        exact: keys that are not packed; at least one entry, which may have no key.
+        sinks: [rows, queries] logits of a column without a value, or None.
+    """
+    parts: list[Tensor] = []
+    values: list[BlockValues] = []
+    if q is not None and work.blocks:
+        packed, values = _packed_logits(work, q, constant, softcap)
+        parts.append(packed)
+    parts += [keys.logits for keys in exact]
+    if sinks is not None:
+        parts.append(sinks[..., None])
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return JointLogits(logits, values, exact, work)
+
+
+def attention_received(p: Tensor, work: WorkList, groups: int) -> list[Tensor]:
+    """Mean probability that every packed token receives, largest over the GQA group: per tier [rows, slots].
+
+    `p` [rows, groups * queries, width or more] are the softmax of joint logits.
+    """
+    received = p[..., : work.width].unflatten(1, (groups, -1)).mean(2).amax(1)
+    return list(received.split(work.slots, -1))
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def hidden_bias(hidden: Tensor) -> Tensor:
+    """bool -> float32: -inf where hidden, else 0."""
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def exact_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None) -> ExactKeys:
+    """Logits of q [rows, queries, D] (scaled) over k [rows, n, D], all float32; `bias` hides keys with -inf."""
+    logits = cap(torch.bmm(q, k.transpose(1, 2)), softcap)
+    return ExactKeys(logits if bias is None else logits.add_(bias), v)
+
+
+def _packed_logits(
+    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
+) -> tuple[Tensor, list[BlockValues]]:
+    total, whole = q.sum(-1, keepdim=True), all(block.row is None for block in work.blocks)
+    parts: list[Tensor] = []
+    values: list[BlockValues] = []
+    for block in work.blocks:
+        added = None if constant is None else block.of_rows(constant)
+        logits, held = _block_logits(block, block.of_rows(q), block.of_rows(total), added, softcap)
+        parts.append(logits)
+        values.append(held)
+    if whole:
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    else:
+        logits = q.new_full((work.rows, q.shape[1], work.width), float("-inf"))
+        for block, part in zip(work.blocks, parts, strict=True):
+            rows = slice(None) if block.row is None else block.row
+            logits[rows, :, slice(*block.columns)] = part
+    return logits, values
+
+
+def _block_logits(
+    block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None, softcap: float | None
+) -> tuple[Tensor, BlockValues]:
+    """Logits [r, queries, pages * tokens], -inf in free slots, of q [r, queries, key_dim] with sums `total`."""
+    layout, codec, pages = block.layout, block.layout.key, block.gather()
+    ks, ko, vs, vo = layout.terms(pages)
+    rows = q.shape[0]
+    keys = widen(layout.view(pages, "key"), codec, -1).reshape(rows, -1, codec.padded)  # [r, pages * tokens, D]
+    logits = torch.bmm(_padded(q, codec), keys.transpose(1, 2))
+    if codec.bits:
+        logits.mul_(ks.reshape(rows, 1, -1)).addcmul_(total, ko.reshape(rows, 1, -1), value=-1)
+    if constant is not None:
+        logits += constant[..., None]
+    logits = cap(logits, softcap)
+    if block.filled is not None:
+        slot = torch.arange(logits.shape[-1], dtype=torch.int32, device=q.device)
+        logits.masked_fill_((slot >= block.filled[:, None])[:, None], float("-inf"))
+    if layout.value.bits:
+        vs, vo = vs.reshape(rows, 1, -1), vo.reshape(rows, 1, -1)
+    return logits, BlockValues(block, layout.view(pages, "value"), vs, vo)
 
 
 def _padded(q: Tensor, codec: Codec) -> Tensor:

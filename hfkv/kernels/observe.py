@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfkv.kernels.partial import cap
+from hfkv.kernels.decode_attention import cap
 
 LOGIT_BYTES = 64 << 20
 

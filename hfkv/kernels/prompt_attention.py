@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hfkv.kernels.partial import cap
+from hfkv.kernels.decode_attention import cap
 
 QUERY_BLOCK = 256
 

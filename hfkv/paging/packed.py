@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels import compaction
-from hfkv.kernels.decode_attention import BLOCK_TOKENS, ItemBlock, WorkList
+from hfkv.kernels.decode_attention import BLOCK_TOKENS, PageBlock, WorkList
 from hfkv.kernels.quantize_pack import Basis, Tokens, code_tokens, pack_tokens, unpack_tokens
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
 
-ITEMS_PER_ROW = 8
-MAX_SPAN = 8
-"""Pages per work item: about 8 items per row, so that what fills a row's last item up is little, at most 8 pages."""
+PADDING = 0.25
+"""Pages that rows may repeat to be as long as the longest among them, as a share of the pages read."""
 
 
 @dataclass
@@ -104,50 +103,40 @@ class PackedLayer:
     def work(self) -> WorkList:
         """The work list of the pages as they are; kept until the next change."""
         if self._work is None:
-            blocks = [block for tier in range(self.tiers) for block in self._blocks(tier)]
-            self._work = WorkList(tuple(blocks), self.rows, self.layouts[0].value.dim)
+            blocks: list[PageBlock] = []
+            slots: list[int] = []
+            for tier, layout in enumerate(self.layouts):
+                blocks += self._blocks(tier, sum(slots))
+                slots.append(int(self.page_counts(tier).max()) * layout.tokens)
+            self._work = WorkList(tuple(blocks), self.rows, tuple(slots))
         return self._work
 
-    def _blocks(self, tier: int) -> list[ItemBlock]:
+    def _blocks(self, tier: int, first_column: int) -> list[PageBlock]:
+        """A tier's pages: rows of about as many pages together, cut into blocks of columns."""
         layout, counts = self.layouts[tier], self.page_counts(tier)
-        pages = int(counts.sum())
-        if pages == 0:
-            return []
-        span = min(max(pages // (ITEMS_PER_ROW * int((counts > 0).sum())), 1), MAX_SPAN)
-        row, item = ragged_index((counts + span - 1) // span)
-        filled = self.table.lengths[row, tier] - item * (span * layout.tokens)
-        index = item[:, None] * span + torch.arange(span, device=row.device)  # [items, span]
-        index = torch.minimum(index, counts[row, None] - 1)
-        per_block = max(1, BLOCK_TOKENS // (span * layout.tokens))
         blocks = []
-        for first in range(0, row.numel(), per_block):
-            part = slice(first, first + per_block)
-            found = self.pool.locate(
-                self.classes[tier], self.table.lookup(tier, row[part, None], index[part]).flatten()
-            )
-            order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort().int()
-            full = bool((filled[part] >= span * layout.tokens).all())
-            sources = tuple((rows, words.int()) for rows, words, _ in found)
-            own = row[part].clone(), None if full else filled[part].int()
-            blocks.append(ItemBlock(tier, layout, span, sources, order, *own))
+        for row in _alike(counts):
+            rows = torch.arange(self.rows, device=counts.device) if row is None else row
+            pages, step = int(counts[rows].max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
+            for first in range(0, pages, step):
+                last = min(first + step, pages)
+                columns = (first_column + first * layout.tokens, first_column + last * layout.tokens)
+                blocks.append(self._block(tier, row, rows, (first, last), columns))
         return blocks
 
-    def per_slot(self, blocks_values: list[Tensor]) -> list[Tensor]:
-        """Values per block [items * span, tokens] -> per tier [rows, slots], in the order of the page table."""
-        out = []
-        for tier, layout in enumerate(self.layouts):
-            counts = self.page_counts(tier)
-            grid = torch.zeros(self.rows, int(counts.max()) if self.rows else 0, layout.tokens, device=self.pool.device)
-            own = [(b, v) for b, v in zip(self.work().blocks, blocks_values, strict=True) if b.tier == tier]
-            if own:
-                span = own[0][0].span
-                row, item = ragged_index((counts + span - 1) // span)
-                index = (item[:, None] * span + torch.arange(span, device=row.device)).flatten()
-                row = row.repeat_interleave(span)
-                real = index < counts[row]
-                grid[row[real], index[real]] = torch.cat([values for _, values in own])[real]
-            out.append(grid.flatten(1))
-        return out
+    def _block(
+        self, tier: int, row: Tensor | None, rows: Tensor, pages: tuple[int, int], columns: tuple[int, int]
+    ) -> PageBlock:
+        layout, counts = self.layouts[tier], self.page_counts(tier)[rows]
+        index = torch.arange(*pages, device=rows.device).expand(rows.numel(), -1)
+        ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
+        ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one
+        found = self.pool.locate(self.classes[tier], ids.flatten())
+        order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort().int()
+        filled = self.table.lengths[rows, tier] - pages[0] * layout.tokens
+        full = bool((filled >= columns[1] - columns[0]).all())
+        sources = tuple((memory, words.int()) for memory, words, _ in found)
+        return PageBlock(tier, layout, row, sources, order, None if full else filled.int(), columns)
 
     def slots(self, tier: int, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-token parts by slot: (filled bool [rows, slots], name -> [rows, slots] with 0 in free slots)."""
@@ -344,3 +333,18 @@ class PackedLayer:
             self.pool.release(cls, self.table.pages(tier, self.page_counts(tier))[0])
         self.table = PageTable(self.rows, self.pool.device)
         self._work = None
+
+
+def _alike(counts: Tensor) -> list[Tensor | None]:
+    """Groups of rows with about as many pages, int64 [n] each; [None] where all rows are one group."""
+    longest, total = int(counts.max()), int(counts.sum())
+    if total == 0:
+        return []
+    if counts.numel() * longest <= (1 + PADDING) * total:
+        return [None]
+    groups: list[Tensor | None] = []
+    while longest > 0:
+        floor = longest / (1 + PADDING)
+        groups.append(((counts <= longest) & (counts >= floor)).nonzero().squeeze(1))
+        longest = int(counts[counts < floor].max()) if bool((counts < floor).any()) else 0
+    return groups

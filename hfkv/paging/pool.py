@@ -198,7 +198,7 @@ class PagePool:
             rows.index_copy_(0, words, data[position])
 
     def _zero_metadata(self, cls: int, ids: Tensor) -> None:
-        start = self.layout(cls).meta_start // WORD
+        start = self.layout(cls).zero_start // WORD
         for rows, words, _ in self.locate(cls, ids):
             meta = rows[:, start:]
             meta.index_fill_(0, words, 0)
