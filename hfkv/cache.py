@@ -96,11 +96,6 @@ class LeanKVCache(LazyLinearLayers):
             RuntimeError: an earlier forward stopped halfway.
         """
         layer = self.layer_at(layer_idx)
-        if not isinstance(layer, CacheLayerMixin):
-            raise ValueError(
-                f"layer {layer_idx} has linear attention and attention in one: give the cache the model's config, "
-                "LeanKVCache(config, model_config=model.config), or use hfkv.enable(model, config)"
-            )
         begins = self._begins_forward(layer_idx)
         if isinstance(layer, LeanKVLayer):
             layer.check(key_states, value_states)
@@ -114,6 +109,8 @@ class LeanKVCache(LazyLinearLayers):
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def layer_at(self, index: int) -> Any:
+        """The layer for keys and values at an index, made if it is new."""
+        self.join_linear_layer(index)
         while len(self.layers) <= index:
             self.layers.append(self._make_layer(len(self.layers)))
         return self.layers[index]

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from hfkv.layer import LeanKVLayer
 
 LINEAR_REASON = "it is a linear-attention layer, whose state does not grow"
+HYBRID_REASON = "it has linear attention and attention in one layer"
 
 
 class LazyLinearLayers(DynamicCache):
@@ -20,6 +27,15 @@ class LazyLinearLayers(DynamicCache):
 
     def layer_at(self, index: int) -> Any:
         raise NotImplementedError
+
+    def join_linear_layer(self, index: int) -> None:
+        """Where keys and values come for a layer that has linear-attention states, let one layer hold both."""
+        old = self.layers[index] if index < len(self.layers) else None
+        if isinstance(old, LinearAttentionCacheLayerMixin) and not isinstance(old, CacheLayerMixin):
+            both = LinearAttentionAndFullAttentionLayer(number_of_states=getattr(old, "number_of_states", 1))
+            both.__dict__.update(old.__dict__)
+            self.layers[index] = both
+            self.plain_reasons[index] = HYBRID_REASON
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return None if self._unmade(layer_idx) else super().get_conv_state(layer_idx, state_idx)
