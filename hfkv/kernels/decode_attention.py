@@ -242,18 +242,13 @@ def widen(packed: Tensor, codec: Codec, dim: int) -> Tensor:
     """Bytes with `codec.rows` along `dim` -> float32 codes, `codec.padded` along it."""
     if codec.bits in (0, 8):
         return packed.float()
-    shape = list(packed.shape)
-    shape[dim] = codec.padded
-    out = torch.empty(shape, dtype=torch.float32, device=packed.device)
-    shift = start = 0
+    codes, shift, start = None, 0, 0
     for bits in PLANES[codec.bits]:
         width = codec.padded * bits // 8
-        plane = packed.narrow(dim, start, width)
-        for i in range(8 // bits):
-            part = plane >> (i * bits) if i else plane
-            if (i + 1) * bits < 8:
-                part = part & (2**bits - 1)
-            slot = out.narrow(dim, i * width, width)
-            slot.add_(part, alpha=1 << shift) if shift else slot.copy_(part)
+        plane = packed if width == codec.rows else packed.narrow(dim, start, width)
+        slices = [plane, *(plane >> i for i in range(bits, 8, bits))]
+        part = torch.cat(slices, dim).bitwise_and_(2**bits - 1).float()
+        codes = part if codes is None else codes.add_(part, alpha=1 << shift)
         shift, start = shift + bits, start + width
-    return out
+    assert codes is not None
+    return codes

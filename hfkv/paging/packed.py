@@ -15,7 +15,7 @@ from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
 
 PADDING = 0.25
-"""Pages that rows may repeat to be as long as the longest among them, as a share of the pages read."""
+"""Pages that rows may repeat to be as long as the longest among them, as a share of all pages of a layer."""
 
 
 @dataclass
@@ -114,8 +114,9 @@ class PackedLayer:
     def _blocks(self, tier: int, first_column: int) -> list[PageBlock]:
         """A tier's pages: rows of about as many pages together, cut into blocks of columns."""
         layout, counts = self.layouts[tier], self.page_counts(tier)
+        spare = PADDING * sum(int(self.page_counts(t).sum()) for t in range(self.tiers)) / self.tiers
         blocks = []
-        for row in _alike(counts):
+        for row in _alike(counts, spare):
             rows = torch.arange(self.rows, device=counts.device) if row is None else row
             pages, step = int(counts[rows].max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
             for first in range(0, pages, step):
@@ -335,12 +336,12 @@ class PackedLayer:
         self._work = None
 
 
-def _alike(counts: Tensor) -> list[Tensor | None]:
-    """Groups of rows with about as many pages, int64 [n] each; [None] where all rows are one group."""
+def _alike(counts: Tensor, spare: float) -> list[Tensor | None]:
+    """Groups of rows with about as many pages, int64 [n] each; [None]: all rows, as `spare` repeated pages allow it."""
     longest, total = int(counts.max()), int(counts.sum())
     if total == 0:
         return []
-    if counts.numel() * longest <= (1 + PADDING) * total:
+    if counts.numel() * longest <= total + spare:
         return [None]
     groups: list[Tensor | None] = []
     while longest > 0:
