@@ -64,7 +64,6 @@ def leankv_attention(
         return _plain_attention(query, key, value, attention_mask, causal, call, position_bias, dropout), None
     chunk, cache = key.source, key.source.layer.cache
     try:
-        _refuse_sparse(module, kwargs)
         _refuse_cross_attention(module, causal)
         if chunk.layer.pending is chunk and chunk.layer.tokens is None:
             plain = _decide(module, chunk, position_bias, kwargs)
@@ -148,6 +147,7 @@ def _refuse_cross_attention(module: nn.Module, causal: bool) -> None:
 
 def _decide(module: nn.Module, chunk: Chunk, position_bias: Tensor | None, kwargs: dict) -> tuple[Any, str] | None:
     """None where the layer is compressed, else (transformers' layer, reason)."""
+    _refuse_sparse(module, kwargs)
     config, cache = getattr(module, "config", None), chunk.layer.cache
     if isinstance(config, PretrainedConfig):
         cache.layer_count = config.get_text_config(decoder=True).num_hidden_layers

@@ -71,6 +71,7 @@ class LeanKVCache(LazyLinearLayers):
         self._page_tokens: int | None = None
         self.encoder_decoder = False
         self._updates: dict[int, int] = {}
+        self._lead = 0
         self._undo: list[tuple[int, Any, Any]] = []
         self._flush_due = False
         self._budget_said = False
@@ -130,13 +131,13 @@ class LeanKVCache(LazyLinearLayers):
 
     def _begins_forward(self, index: int) -> bool:
         """Whether a layer's update is the first of a forward, in which all layers come once and in order."""
-        lead = min(self._updates, default=index)
+        lead = self._lead if self._updates else index
         if index > lead:
             if self._updates.get(index, 0) + 1 != self._updates[lead]:
                 raise self._aborted(index)
             return False
         self._check_complete()
-        self._undo = []
+        self._undo, self._lead = [], index
         return True
 
     def _check_complete(self) -> None:

@@ -29,7 +29,8 @@ SCALE_STEPS = 12
 SCALE_BIAS = 180
 """A scale byte c in [1, 255] stands for 2 ** ((c - 180) / 12): 2^-14.9 to 2^6.25. 0 marks a free slot."""
 
-SCORE_LIMIT = 65504.0
+Terms = tuple[Tensor | float, Tensor | float]
+"""(s, z) of a code: x = s * (code - z)."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,18 @@ def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | Non
         return codes.float()
     assert scale is not None
     levels = unpack_codes(codes, codec).float()
-    multiplier, offset = affine_terms(codec, scale, zero)
-    return multiplier[:, None] * levels - offset[:, None]
+    s, z = affine_terms(codec, scale, zero)
+    return s[:, None] * (levels - (z[:, None] if isinstance(z, Tensor) else z))
 
 
-def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stored metadata -> float32 (s, o) with x = s * code - o; the shape is that of `scale`."""
+def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """Stored metadata -> float32 (s, z) with x = s * (code - z), of the shape of `scale`; z may be one number."""
     if codec.kind == "minmax":
         assert zero is not None
-        return scale.float(), -zero.float()
-    s = scale_from_byte(scale)
-    return s, s * (codec.center if zero is None else zero)
+        s = scale.float()
+        s = torch.where(s > 0, s, 1.0)  # a constant vector: all codes are 0
+        return s, -zero.float() / s
+    return scale_from_byte(scale), codec.center if zero is None else zero.float()
 
 
 def scale_from_byte(code: Tensor) -> Tensor:
@@ -305,20 +307,20 @@ class PageLayout:
         """Whether scales and zeros are single bytes, in one stretch: key scale, value scale, then zeros."""
         return {self.key.kind, self.value.kind} <= {"affine", "fitted"}
 
-    def terms(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Float32 (key scale, key offset, value scale, value offset) of pages, each [n, tokens]: x = s * code - o."""
+    def terms(self, pages: Tensor) -> tuple[Terms, Terms]:
+        """Float32 (s, z) of the keys and of the values of pages, each [n, tokens] or one number: x = s * (code - z)."""
         if not self.byte_metadata:
-            return *self._side_terms(pages, self.key, "key"), *self._side_terms(pages, self.value, "value")
+            return self._side_terms(pages, self.key, "key"), self._side_terms(pages, self.value, "value")
         start, stop = self.fields["key_scale"][0], self.fields["value_zero"][1]
         meta = pages[:, start:stop].float().view(pages.shape[0], -1, self.tokens)
         scale = meta[:, :2].sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
-        ks, vs, zeros = scale[:, 0], scale[:, 1], iter(meta[:, 2:].unbind(1))
-        ko = ks * (next(zeros) if self.key.zero_bytes else self.key.center)
-        return ks, ko, vs, vs * (next(zeros) if self.value.zero_bytes else self.value.center)
+        zeros = iter(meta[:, 2:].unbind(1))
+        kz = next(zeros) if self.key.zero_bytes else self.key.center
+        return (scale[:, 0], kz), (scale[:, 1], next(zeros) if self.value.zero_bytes else self.value.center)
 
-    def _side_terms(self, pages: Tensor, codec: Codec, side: str) -> tuple[Tensor, Tensor]:
+    def _side_terms(self, pages: Tensor, codec: Codec, side: str) -> Terms:
         if not codec.bits:
-            return pages.new_ones(()), pages.new_zeros(())
+            return 1.0, 0.0
         zero = self.view(pages, f"{side}_zero") if codec.zero_bytes else None
         return affine_terms(codec, self.view(pages, f"{side}_scale"), zero)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +24,12 @@ if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What storing a chunk changes; pages are only appended to and are undone through `table` (None: untouched)."""
 
     fill: Fill
     window: Window
-    queries: KeptQueries
+    queries: tuple[Tensor | None, list[int], int]
     call: Call | None
     table: PageTable | None
 
@@ -162,15 +159,14 @@ class LayerTokens:
 
     def snapshot(self, packs: bool) -> Snapshot:
         """As things are; without `packs` the coming chunk goes to the window alone."""
-        return Snapshot(
-            self.fill, self.window, copy.copy(self.queries), self.call, self.packed.table.clone() if packs else None
-        )
+        table = self.packed.table.clone() if packs else None
+        return Snapshot(self.fill, self.window, self.queries.state, self.call, table)
 
     def restore(self, state: Snapshot) -> None:
         """Undo the chunk that was stored since `snapshot`."""
         if state.table is not None:
             self.packed.restore(state.table)
-        self.fill, self.window, self.queries, self.call = state.fill, state.window, state.queries, state.call
+        self.fill, self.window, self.queries.state, self.call = state.fill, state.window, state.queries, state.call
 
 
 def _basis(config: LeanKVConfig, key_dim: int, value_dim: int, device: torch.device) -> tuple[Basis, str]:

@@ -91,7 +91,7 @@ class Window:
 class KeptQueries:
     """At most 8 of the queries since the last flush, evenly spaced; they observe the stored tokens at the next one.
 
-    A copy.copy stays as it is: kept queries are only appended to their buffer, or get a new one.
+    `state` can be put back later: kept queries are only appended to their buffer, or get a new one.
 
     Attributes:
         q: [batch, q_heads, 8, D] in the model's dtype, None before the first.
@@ -106,6 +106,14 @@ class KeptQueries:
         self.q: Tensor | None = None
         self.positions: list[int] = []
         self.stands_for = 0
+
+    @property
+    def state(self) -> tuple[Tensor | None, list[int], int]:
+        return self.q, self.positions, self.stands_for
+
+    @state.setter
+    def state(self, state: tuple[Tensor | None, list[int], int]) -> None:
+        self.q, self.positions, self.stands_for = state
 
     @property
     def nbytes(self) -> int:

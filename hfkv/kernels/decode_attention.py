@@ -1,10 +1,10 @@
 """Attention over packed pages, straight from their codes, joined with attention over exact keys in one softmax.
 
-With k_t = ks_t * code - ko_t and v_t likewise,
+With k_t = ks_t * (code - kz_t) and v_t likewise,
 
-    q . k_t = ks_t * (q . code_t) - ko_t * sum(q)        sum_t p_t v_t = sum_t (p_t vs_t) code_t - sum_t p_t vo_t
+    q . k_t = ks_t * (q . code_t - kz_t * sum(q))        sum_t p_t v_t = sum_t (p_t vs_t) code_t - sum_t p_t vs_t vz_t
 
-so that codes meet only the two matrix products; scales and offsets stay outside. The twin works by blocks of pages: it
+so that codes meet only the two matrix products; scales and zeros stay outside. The twin works by blocks of pages: it
 gathers a block's bytes, widens the codes, and forms the block's logits; after one softmax over all blocks, the exact
 keys and the sinks it widens the values of each block again. A row is one KV head of one sequence. Queries and values
 of packed tokens are in the rotated basis of the pages.
@@ -12,6 +12,7 @@ of packed tokens are in the rotated basis of the pages.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +84,14 @@ class WorkList:
         return sum(self.slots)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BlockValues:
-    """A block's packed values [r * pages, rows, tokens] with scales and offsets [r, 1, pages * tokens]."""
+    """A block's packed values [r * pages, rows, tokens] with scales and zeros [r, 1, pages * tokens]."""
 
     block: PageBlock
     packed: Tensor
-    scale: Tensor
-    offset: Tensor
+    scale: Tensor | float
+    zero: Tensor | float
 
     def weighed(self, p: Tensor) -> Tensor:
         """sum_t p_t v_t: p [r, queries, pages * tokens] -> [r, queries, value_dim]."""
@@ -99,11 +100,12 @@ class BlockValues:
         codes = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [r, pages * tokens, padded]
         if not codec.bits:
             return torch.bmm(p, codes)
-        weighed = torch.bmm(p * self.scale, codes)[..., : codec.dim]
-        return weighed.sub_((p * self.offset).sum(-1, keepdim=True))
+        p = p * self.scale
+        total = (p * self.zero).sum(-1, keepdim=True) if isinstance(self.zero, Tensor) else p.sum(-1, True) * self.zero
+        return torch.bmm(p, codes)[..., : codec.dim].sub_(total)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ExactKeys:
     """Keys and values that are not packed: logits float32 [rows, queries, n] with masks applied, v [rows, n, Dv]."""
 
@@ -111,7 +113,7 @@ class ExactKeys:
     v: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class JointLogits:
     """Logits [rows, queries, packed slots | exact keys | sink] of one softmax, and the packed values they weigh."""
 
@@ -217,21 +219,30 @@ def _block_logits(
 ) -> tuple[Tensor, BlockValues]:
     """Logits [r, queries, pages * tokens], -inf in free slots, of q [r, queries, key_dim] with sums `total`."""
     layout, codec, pages = block.layout, block.layout.key, block.gather()
-    ks, ko, vs, vo = layout.terms(pages)
+    keys_terms, values_terms = layout.terms(pages)
     rows = q.shape[0]
     keys = widen(layout.view(pages, "key"), codec, -1).reshape(rows, -1, codec.padded)  # [r, pages * tokens, D]
     logits = torch.bmm(_padded(q, codec), keys.transpose(1, 2))
     if codec.bits:
-        logits.mul_(ks.reshape(rows, 1, -1)).addcmul_(total, ko.reshape(rows, 1, -1), value=-1)
+        ks, kz = (_by_row(term, rows) for term in keys_terms)
+        logits = logits.addcmul_(total, kz, value=-1) if isinstance(kz, Tensor) else logits.sub_(total * kz)
+        logits *= ks
     if constant is not None:
         logits += constant[..., None]
     logits = cap(logits, softcap)
     if block.filled is not None:
-        slot = torch.arange(logits.shape[-1], dtype=torch.int32, device=q.device)
-        logits.masked_fill_((slot >= block.filled[:, None])[:, None], float("-inf"))
-    if layout.value.bits:
-        vs, vo = vs.reshape(rows, 1, -1), vo.reshape(rows, 1, -1)
-    return logits, BlockValues(block, layout.view(pages, "value"), vs, vo)
+        logits.masked_fill_((_slots(logits.shape[-1], q.device) >= block.filled[:, None])[:, None], float("-inf"))
+    return logits, BlockValues(block, layout.view(pages, "value"), *(_by_row(term, rows) for term in values_terms))
+
+
+def _by_row(term: Tensor | float, rows: int) -> Tensor | float:
+    """[rows * pages, tokens] -> [rows, 1, pages * tokens]."""
+    return term.reshape(rows, 1, -1) if isinstance(term, Tensor) else term
+
+
+@functools.lru_cache(maxsize=8)
+def _slots(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _padded(q: Tensor, codec: Codec) -> Tensor:

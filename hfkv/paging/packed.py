@@ -34,6 +34,15 @@ class Incoming:
     birth: Tensor
     valid: Tensor
 
+    def chosen(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """k [m, D], v [m, Dv], row, score and birth [m] of the tokens `entering`, bool [rows, n], row by row."""
+        rows, n = entering.shape
+        if bool(entering.all()):  # all of them, as they lie
+            row = torch.arange(rows, device=entering.device).repeat_interleave(n)
+            return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
+        row, column = entering.nonzero(as_tuple=True)
+        return self.k[row, column], self.v[row, column], row, self.score[row, column], self.birth[row, column]
+
 
 @dataclass
 class Compaction:
@@ -184,20 +193,10 @@ class PackedLayer:
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
         self._note_mean(incoming)
-        coded = []
-        for layout, entering in zip(self.layouts, plan.entering, strict=True):
-            row, column = entering.nonzero(as_tuple=True)
-            tokens = pack_tokens(
-                layout,
-                self.basis,
-                incoming.k[row, column],
-                incoming.v[row, column],
-                row,
-                incoming.score[row, column],
-                incoming.birth[row, column],
-            )
-            coded.append(tokens)
-        return coded
+        return [
+            pack_tokens(layout, self.basis, *incoming.chosen(entering))
+            for layout, entering in zip(self.layouts, plan.entering, strict=True)
+        ]
 
     def apply(self, plan: Compaction, coded: list[Tokens]) -> None:
         """Do what was planned; the pool must have room for it."""
