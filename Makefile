@@ -29,11 +29,11 @@ demo: $(VENV)/model
 	$(BIN)/python -m hfkv demo $(DEMO)
 
 test: $(VENV)/model
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # The smaller set against the oldest transformers that is supported.
 test-oldest: $(VENV)/oldest
-	PYTHONPATH=$(VENV)/oldest-packages $(BIN)/python -m pytest -n 2 tests/test_modes.py tests/test_errors.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest-packages $(BIN)/python -m pytest -n 2 tests/test_modes.py tests/test_errors.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -84,10 +84,9 @@ def test_physical_bytes_are_all_bytes_held(name, tokens, steps):
     "name, tokens, bound",
     [
         ("k8v4", 1000, 0.50),
-        ("k8v4", 4000, 0.44),
         ("balanced", 1000, 0.365),
+        ("aggressive", 1000, 0.28),
         ("balanced", 4000, 0.29),
-        ("aggressive", 4000, 0.20),
     ],
 )
 def test_presets_are_as_small_as_promised(name, tokens, bound):
