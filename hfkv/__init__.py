@@ -7,13 +7,16 @@
 Importing it registers `attn_implementation="leankv"` with transformers and changes nothing else.
 """
 
-from hfkv.attention import register
-from hfkv.cache import LeanKVCache
-from hfkv.config import LeanKVConfig
-from hfkv.enable import disable, enable
-from hfkv.paging.pool import OutOfPages
-from hfkv.report import Report
-from hfkv.version import __version__
+from hfkv.version import __version__, check_transformers
+
+check_transformers()
+
+from hfkv.attention import register  # noqa: E402  (an old transformers lacks what the rest imports)
+from hfkv.cache import LeanKVCache  # noqa: E402
+from hfkv.config import LeanKVConfig  # noqa: E402
+from hfkv.enable import disable, enable  # noqa: E402
+from hfkv.paging.pool import OutOfPages  # noqa: E402
+from hfkv.report import Report  # noqa: E402
 
 __all__ = ["LeanKVCache", "LeanKVConfig", "OutOfPages", "Report", "__version__", "disable", "enable"]
 

@@ -15,6 +15,7 @@ from hfkv.config import PRESETS
 from hfkv.policy import Candidates, Thresholds
 from hfkv.quant import LOW, PRUNED
 from hfkv.report import HIGH, WINDOW, tier_map
+from hfkv.version import check_transformers
 
 
 def random_model(dtype=torch.bfloat16, layers=4, heads=8, kv_heads=4, head_dim=64, **changes):
@@ -283,3 +284,14 @@ def test_the_report_reads_well():
     text = str(cache.report())
     for part in ("400 tokens, 4 of 4 layers compressed", "ratio", "window", "hadamard 64", "K8V4", "K4V2", "pruned"):
         assert part in text
+
+
+def test_versions_of_transformers(caplog):
+    with pytest.raises(ImportError, match=r"5\.15.*4\.57\.1"):
+        check_transformers("4.57.1")
+    check_transformers("5.15.0")
+    with caplog.at_level("WARNING", logger="hfkv"):
+        check_transformers("5.23.9")
+        assert not caplog.records
+        check_transformers("5.99.0")
+    assert "5.99.0" in caplog.records[0].getMessage()
