@@ -63,6 +63,16 @@ class LeanKVCache(LazyLinearLayers):
         self._recording = False
         self._start()
 
+    def __deepcopy__(self, memo: dict) -> LeanKVCache:
+        """An independent cache with pages of its own."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(other, name, copy.deepcopy(value, memo))
+        for layer in other.layers:
+            if isinstance(layer, LeanKVLayer):
+                layer.bind(other)
+        return other
+
     def _start(self) -> None:
         """Begin empty: no layers, no pages, nothing remembered."""
         self.layers: list[Any] = []

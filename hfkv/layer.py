@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -36,9 +37,9 @@ class LeanKVLayer(DynamicLayer):
 
     def __init__(self, cache: LeanKVCache, index: int, config: LeanKVConfig) -> None:
         super().__init__()
-        self.cache, self.index, self.config = cache, index, config
-        self.generation = 0
+        self.index, self.config, self.generation = index, config, 0
         self._clear()
+        self.bind(cache)
 
     def _clear(self) -> None:
         self.keys = self.values = None
@@ -46,6 +47,19 @@ class LeanKVLayer(DynamicLayer):
         self.seen = 0
         self.tokens: LayerTokens | None = None
         self.pending: Chunk | None = None
+
+    def bind(self, cache: LeanKVCache) -> None:
+        """Belong to this cache, by a weak reference: a cache that is dropped frees its memory at once."""
+        self._cache = weakref.ref(cache)
+        if self.tokens is not None:
+            self.tokens.bind(cache)
+
+    @property
+    def cache(self) -> LeanKVCache:
+        cache = self._cache()
+        if cache is None:
+            raise RuntimeError(f"layer {self.index}: the LeanKVCache that these keys and values belong to is gone")
+        return cache
 
     # ---- transformers' face ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ class LayerTokens:
     def __init__(self, cache: LeanKVCache, config: LeanKVConfig, chunk: Chunk) -> None:
         batch, heads, tokens, key_dim = chunk.k.shape
         value_dim, dtype = chunk.v.shape[3], chunk.k.dtype
-        self.cache, self.config = cache, config
+        self.bind(cache)
+        self.config = config
         self.policy: Policy = policy_of(config)
         self.dtype, self.device = dtype, chunk.k.device
         pool = cache.pool(self.device)
@@ -66,6 +68,16 @@ class LayerTokens:
         self.queries = KeptQueries(config.flush)
         self.fill = cache.fills.empty(batch, self.device)
         self.call: Call | None = None
+
+    def bind(self, cache: LeanKVCache) -> None:
+        """Belong to this cache, by a weak reference."""
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> LeanKVCache:
+        cache = self._cache()
+        assert cache is not None, "the cache is gone"
+        return cache
 
     @property
     def unpaged_bytes(self) -> int:

@@ -257,6 +257,23 @@ def test_reset_and_deletion_free_everything():
         assert cache.report().physical_bytes == 0
 
 
+def test_a_dropped_cache_is_freed_without_the_garbage_collector():
+    model, cache = random_model(torch.float32), LeanKVCache()
+    feed(model, cache, prompt(300))
+    generate_on(model, cache, 40)
+    fork = copy.deepcopy(cache)
+    pools = [weakref.ref(c.pools[0]) for c in (cache, fork)]
+    gc.disable()
+    try:
+        del cache
+        assert pools[0]() is None
+        generate_on(model, fork, 40)
+        del fork
+        assert pools[1]() is None
+    finally:
+        gc.enable()
+
+
 def test_max_bytes_bounds_physical_bytes():
     model = random_model(torch.float32)
     limit = 1_200_000
