@@ -20,7 +20,7 @@ from hfkv.paging.packed import Compaction, PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.report import Report, make_report
 from hfkv.tiering import apply_flush, plan_flush
-from hfkv.tokens import LayerTokens
+from hfkv.tokens import LayerTokens, plain_tensors
 
 logger = logging.getLogger("hfkv")
 
@@ -195,7 +195,7 @@ class LeanKVCache(LazyLinearLayers):
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_tensors()
     def flush(self) -> None:
         """Observe, choose tiers, compact: every layer packs what it has beyond its window, all or none of them.
 
@@ -340,6 +340,7 @@ class LeanKVCache(LazyLinearLayers):
         index = torch.arange(held[0].fill.batch if held else 0).repeat_interleave(repeats)
         self._select(index, lambda layer: layer.batch_repeat_interleave(repeats))
 
+    @plain_tensors()
     def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
         """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
         held = self.compressed

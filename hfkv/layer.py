@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from hfkv.attend import Call, attend_chunk, attend_own, attend_step, says_more_than_padding
 from hfkv.config import LeanKVConfig
 from hfkv.handle import Chunk, KVHandle
-from hfkv.tokens import LayerTokens, Snapshot
+from hfkv.tokens import LayerTokens, Snapshot, plain_tensors
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
@@ -186,7 +186,7 @@ class LeanKVLayer(DynamicLayer):
                 self._store(chunk, q, valid, call, None)
         else:
             self._check_past(chunk, q, mask, valid)
-            with torch.no_grad():
+            with plain_tensors():
                 out = self._attend_past(chunk, q, valid, call)
         return out.transpose(1, 2).contiguous()
 
@@ -209,7 +209,7 @@ class LeanKVLayer(DynamicLayer):
             chunk.stored, self.pending = True, None
         return attend_step(self.tokens.past(), q, call)
 
-    @torch.no_grad()
+    @plain_tensors()
     def _store(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
         if self.tokens is None:
             self.tokens = LayerTokens(self.cache, self.config, chunk)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +25,13 @@ from hfkv.window import KeptQueries, Window
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Iterator[None]:
+    """What is made inside may be changed later by any caller: no autograd, and no inference tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Snapshot(NamedTuple):

@@ -257,6 +257,19 @@ def test_reset_and_deletion_free_everything():
         assert cache.report().physical_bytes == 0
 
 
+def test_a_cache_filled_in_inference_mode_goes_on_outside():
+    model, cache = random_model(torch.float32), LeanKVCache()
+    with torch.inference_mode():
+        model(input_ids=prompt(300), past_key_values=cache)
+        model(input_ids=prompt(1), past_key_values=cache)
+    generate_on(model, cache, 70)
+    with torch.inference_mode():
+        model(input_ids=prompt(100), past_key_values=cache)
+    generate_on(model, copy.deepcopy(cache), 5)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 468
+
+
 def test_a_dropped_cache_is_freed_without_the_garbage_collector():
     model, cache = random_model(torch.float32), LeanKVCache()
     feed(model, cache, prompt(300))
