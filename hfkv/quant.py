@@ -43,6 +43,7 @@ class Codec:
         kind: `exact`, `affine` (scale byte, integer zero byte), `fitted` (scale byte, codes around zero, scale refitted
             after coding) or `minmax` (fp16 scale and zero, as LeanKV publishes it).
         unbiased: fitted codes keep <x, code> = <x, x> (values) instead of the least squared error (keys).
+        signed: 8-bit codes are stored as code - 128, int8, as integer tensor cores take them (keys).
         dtype: element type of `exact`.
     """
 
@@ -50,6 +51,7 @@ class Codec:
     dim: int
     kind: str
     unbiased: bool = False
+    signed: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
@@ -80,15 +82,21 @@ class Codec:
         """What stands for zero in the codes of `fitted`: code c is the number c - center."""
         return (2**self.bits - 1) / 2
 
+    @property
+    def stored_zero(self) -> int:
+        """The code that the stored number 0 stands for."""
+        return 128 if self.signed else 0
+
     @classmethod
     def of(cls, tier: Tier, side: str, dim: int, dtype: torch.dtype, scheme: str) -> Codec:
         """The codec of a tier's keys (`side="key"`) or values under `LeanKVConfig.codec`."""
         if isinstance(tier, str):
             return cls(0, dim, "exact", dtype=dtype)
         bits = tier[0] if side == "key" else tier[1]
+        signed = side == "key" and bits == 8
         if scheme == "minmax":
-            return cls(bits, dim, "minmax")
-        return cls(bits, dim, "fitted" if bits < 4 else "affine", unbiased=side == "value")
+            return cls(bits, dim, "minmax", signed=signed)
+        return cls(bits, dim, "fitted" if bits < 4 else "affine", unbiased=side == "value", signed=signed)
 
 
 # ---- one vector --------------------------------------------------------------------------------------------------
@@ -111,7 +119,7 @@ def encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | Non
         levels, scale, zero = _affine(codec, x)
     else:
         levels, scale, zero = _minmax(codec, x)
-    return pack_codes(levels.to(torch.uint8), codec), scale, zero
+    return pack_codes(levels.sub_(codec.stored_zero).to(torch.int16).to(torch.uint8), codec), scale, zero
 
 
 def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
@@ -119,19 +127,20 @@ def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | Non
     if codec.kind == "exact":
         return codes.float()
     assert scale is not None
-    levels = unpack_codes(codes, codec).float()
+    codes = codes.view(torch.int8) if codec.signed else unpack_codes(codes, codec)
+    levels = codes.float()
     s, z = affine_terms(codec, scale, zero)
     return s[:, None] * (levels - (z[:, None] if isinstance(z, Tensor) else z))
 
 
 def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    """Stored metadata -> float32 (s, z) with x = s * (code - z), of the shape of `scale`; z may be one number."""
+    """Stored metadata -> float32 (s, z) with x = s * (stored code - z), shaped like `scale`; z may be one number."""
     if codec.kind == "minmax":
         assert zero is not None
         s = scale.float()
         s = torch.where(s > 0, s, 1.0)  # a constant vector: all codes are 0
-        return s, -zero.float() / s
-    return scale_from_byte(scale), codec.center if zero is None else zero.float()
+        return s, -zero.float() / s - codec.stored_zero
+    return scale_from_byte(scale), codec.center if zero is None else zero.float() - codec.stored_zero
 
 
 def scale_from_byte(code: Tensor) -> Tensor:
@@ -308,14 +317,14 @@ class PageLayout:
         return {self.key.kind, self.value.kind} <= {"affine", "fitted"}
 
     def terms(self, pages: Tensor) -> tuple[Terms, Terms]:
-        """Float32 (s, z) of the keys and of the values of pages, each [n, tokens] or one number: x = s * (code - z)."""
+        """Float32 (s, z) of keys and of values of pages, each [n, tokens] or a number: x = s * (stored code - z)."""
         if not self.byte_metadata:
             return self._side_terms(pages, self.key, "key"), self._side_terms(pages, self.value, "value")
         start, stop = self.fields["key_scale"][0], self.fields["value_zero"][1]
         meta = pages[:, start:stop].float().view(pages.shape[0], -1, self.tokens)
         scale = meta[:, :2].sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
         zeros = iter(meta[:, 2:].unbind(1))
-        kz = next(zeros) if self.key.zero_bytes else self.key.center
+        kz = next(zeros).sub_(self.key.stored_zero) if self.key.zero_bytes else self.key.center
         return (scale[:, 0], kz), (scale[:, 1], next(zeros) if self.value.zero_bytes else self.value.center)
 
     def _side_terms(self, pages: Tensor, codec: Codec, side: str) -> Terms:

@@ -42,7 +42,7 @@ def test_attention_over_pages(counts, tiers, key_dim, value_dim, tokens, codec, 
         k, v, births = dequantised(layer, row)
         k, v = torch.cat([k, extra_k[row]]), torch.cat([v, extra_v[row]])
         want, p = softmax_attention(rows[row], k, v, softcap, sinks[row])
-        assert relative_rms(out[row], want) < 1e-5
+        assert relative_rms(out[row], want) < 2e-5
         if sum(count) == 0:
             continue
         significance = p[:, :-3].unflatten(0, (groups, queries)).mean(1).amax(0)  # [tokens]

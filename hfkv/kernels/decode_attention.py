@@ -250,9 +250,9 @@ def _padded(q: Tensor, codec: Codec) -> Tensor:
 
 
 def widen(packed: Tensor, codec: Codec, dim: int) -> Tensor:
-    """Bytes with `codec.rows` along `dim` -> float32 codes, `codec.padded` along it."""
+    """Bytes with `codec.rows` along `dim` -> float32 stored codes, `codec.padded` along it."""
     if codec.bits in (0, 8):
-        return packed.float()
+        return (packed.view(torch.int8) if codec.signed else packed).float()
     codes, shift, start = None, 0, 0
     for bits in PLANES[codec.bits]:
         width = codec.padded * bits // 8
