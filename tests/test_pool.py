@@ -1,5 +1,8 @@
 """Invariants of the page pool under random operation sequences: no page owned twice, none lost."""
 
+import copy
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,3 +155,16 @@ def test_chunks_waste_little(dim, tokens):
     for cls in classes:
         page_class = pool._classes[cls]
         assert 1 - page_class.per_chunk * page_class.layout.page_bytes / pool.chunk_bytes <= 0.02
+
+
+def test_chunk_addresses_point_into_the_arenas():
+    pool = PagePool("cpu")
+    cls = pool.class_of(LAYOUTS[0])
+    pool.reserve({cls: 5})
+    ids = pool.allocate(cls, torch.tensor([5]))
+    for own in (pool, copy.deepcopy(pool)):
+        page_bytes = own.layout(cls).page_bytes
+        own.scatter(cls, ids, torch.arange(5, dtype=torch.uint8)[:, None].repeat(1, page_bytes))
+        for number, page in enumerate(ids.tolist()):
+            address = int(own.chunk_addresses[page >> SLOT_BITS]) + (page & ((1 << SLOT_BITS) - 1)) * page_bytes
+            assert ctypes.c_uint8.from_address(address).value == number

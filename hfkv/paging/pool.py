@@ -64,6 +64,17 @@ class PagePool:
         self._used = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks] pages in use
         self._arena_of = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks]
         self._offset_of = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] words into the arena
+        self.chunk_addresses = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] bytes, for kernels
+
+    def __setstate__(self, state: dict) -> None:
+        """A copied or unpickled pool lies elsewhere in memory."""
+        self.__dict__.update(state)
+        for arena in self._arenas.values():
+            self._note_addresses(arena)
+
+    def _note_addresses(self, arena: _Arena) -> None:
+        index = torch.tensor(arena.chunks, device=self.device)
+        self.chunk_addresses[index] = self._offset_of[index] * WORD + arena.memory.data_ptr()
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +91,8 @@ class PagePool:
     def table_bytes(self) -> int:
         """Bytes of free lists and chunk tables."""
         lists = sum(c.ring.nbytes + c.pointers.nbytes for c in self._classes)
-        return lists + self._used.nbytes + self._arena_of.nbytes + self._offset_of.nbytes
+        chunks = (self._used, self._arena_of, self._offset_of, self.chunk_addresses)
+        return lists + sum(x.nbytes for x in chunks)
 
     @property
     def used_bytes(self) -> int:
@@ -234,7 +246,7 @@ class PagePool:
     def _grow(self, chunks: int, slack: float) -> None:
         room = None
         if self.max_bytes is not None:
-            tables = 16 + 5 * max(c.per_chunk for c in self._classes)  # bytes that a chunk adds to lists and tables
+            tables = 24 + 5 * max(c.per_chunk for c in self._classes)  # bytes that a chunk adds to lists and tables
             room = (self.max_bytes - self.physical_bytes) // (self.chunk_bytes + tables)
             if room < chunks:
                 raise OutOfPages(
@@ -257,10 +269,12 @@ class PagePool:
             self._used = torch.nn.functional.pad(self._used, pad)
             self._arena_of = torch.nn.functional.pad(self._arena_of, pad)
             self._offset_of = torch.nn.functional.pad(self._offset_of, pad)
+            self.chunk_addresses = torch.nn.functional.pad(self.chunk_addresses, pad)
         arena.chunks = [self._unborn.pop() for _ in range(chunks)]
         index = torch.tensor(arena.chunks, device=self.device)
         self._arena_of[index] = number
         self._offset_of[index] = torch.arange(chunks, device=self.device) * (self.chunk_bytes // WORD)
+        self._note_addresses(arena)
         self._spare += reversed(arena.chunks)
 
     def _carve(self, chunk: int, cls: int) -> None:
