@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
     """What is made inside may be changed later by any caller: no autograd, and no inference tensors."""
-    with torch.inference_mode(False), torch.no_grad():
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
         yield
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hfkv.quant import PLANES, Codec, PageLayout
 
-BLOCK_TOKENS = 8192
+BLOCK_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class PageBlock:
     Attributes:
         tier, layout: index of the tier, and its layout.
         row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `filled` hides.
-        sources: (page-sized rows of an arena, row of each page int32) per arena.
-        order: int32 [r * pages], brings the pages of all sources into row-major order; None: they are in it.
+        sources: (page-sized rows of an arena, row of each page int32, pages that lie there int64); the first source
+            names a row for all pages and has None as its pages, the others correct those that lie elsewhere.
         filled: int32 [r], tokens of each row in this block, which come first; None where all slots are full.
         columns: first and last slot of the block among all packed slots of a row.
     """
@@ -39,23 +39,23 @@ class PageBlock:
     tier: int
     layout: PageLayout
     row: Tensor | None
-    sources: tuple[tuple[Tensor, Tensor], ...]
-    order: Tensor | None
+    sources: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
     filled: Tensor | None
     columns: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's own tensors; the pages that it names are not among them."""
-        own = [self.row, self.order, self.filled, *(words for _, words in self.sources)]
+        own = [self.row, self.filled, *(x for source in self.sources for x in source[1:])]
         return sum(x.nbytes for x in own if x is not None)
 
     def gather(self) -> Tensor:
         """The block's bytes, uint8 [r * pages, page_bytes]."""
-        parts = [torch.index_select(rows, 0, words) for rows, words in self.sources]
-        pages = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.order is not None:
-            pages = pages.index_select(0, self.order)
+        (rows, words, _), *others = self.sources
+        pages = rows.index_select(0, words)
+        for rows, words, where in others:
+            assert where is not None
+            pages.index_copy_(0, where, rows.index_select(0, words))
         return pages.view(torch.uint8)
 
     def of_rows(self, x: Tensor) -> Tensor:

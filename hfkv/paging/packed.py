@@ -141,12 +141,10 @@ class PackedLayer:
         index = torch.arange(*pages, device=rows.device).expand(rows.numel(), -1)
         ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
         ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one
-        found = self.pool.locate(self.classes[tier], ids.flatten())
-        order = None if len(found) == 1 else torch.cat([position for _, _, position in found]).argsort().int()
         filled = self.table.lengths[rows, tier] - pages[0] * layout.tokens
         full = bool((filled >= columns[1] - columns[0]).all())
-        sources = tuple((memory, words.int()) for memory, words, _ in found)
-        return PageBlock(tier, layout, row, sources, order, None if full else filled.int(), columns)
+        sources = self.pool.sources(self.classes[tier], ids.flatten())
+        return PageBlock(tier, layout, row, sources, None if full else filled.int(), columns)
 
     def slots(self, tier: int, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-token parts by slot: (filled bool [rows, slots], name -> [rows, slots] with 0 in free slots)."""

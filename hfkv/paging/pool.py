@@ -196,6 +196,18 @@ class PagePool:
             found.append((self._rows(self._arenas[number].memory, layout), words[position], position))
         return found
 
+    def sources(self, cls: int, ids: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
+        """Where pages lie, for reading them again and again: per arena (rows, words int32, pages int64).
+
+        The first source is the arena of most pages; it names a row for all of them, and its pages are None. The others
+        name those that lie elsewhere.
+        """
+        found = sorted(self.locate(cls, ids), key=lambda source: -source[2].numel())
+        rows, words, position = found[0]
+        every = torch.zeros(ids.numel(), dtype=torch.int32, device=self.device)
+        every[position] = words.int()
+        return ((rows, every, None), *((r, w.int(), p) for r, w, p in found[1:]))
+
     def gather(self, cls: int, ids: Tensor) -> Tensor:
         """Copies of pages: ids int32 [n] -> uint8 [n, page_bytes]."""
         out = torch.empty(ids.numel(), self.layout(cls).page_bytes // WORD, dtype=torch.int64, device=self.device)
