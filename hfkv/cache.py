@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
 from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
-from hfkv.paging.packed import Compaction, PackedLayer
 from hfkv.paging.pool import PagePool
+from hfkv.paging.rows import Compaction, PackedRows
 from hfkv.report import Report, make_report
 from hfkv.tiering import apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
@@ -202,25 +202,25 @@ class LeanKVCache(LazyLinearLayers):
         Raises:
             OutOfPages: the pages cannot be had; nothing has changed.
         """
-        planned = [(tokens, plan_flush(tokens)) for tokens in self.compressed]
+        planned = plan_flush(self.compressed)
         for pool in self.pools:
-            work = [(tokens.packed, flush.plan) for tokens, flush in planned if tokens.packed.pool is pool]
+            work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
             self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
         for layer in self.lean_layers:
             layer.generation += 1
-        for tokens, flush in planned:
-            apply_flush(tokens, flush)
+        for flush in planned:
+            apply_flush(flush)
         self._flush_due = False
 
     def request_flush(self) -> None:
         """Flush before the next forward: a continued prompt has been appended without revising the past."""
         self._flush_due = True
 
-    def reserve(self, pool: PagePool, work: list[tuple[PackedLayer, Compaction]], slack: float = 0.0) -> None:
-        """Make room for compactions that will be applied in this order, a layer's freed pages serving the next."""
+    def reserve(self, pool: PagePool, work: list[tuple[PackedRows, Compaction]], slack: float = 0.0) -> None:
+        """Make room for compactions that will be applied in this order, the pages that one frees serving the next."""
         self._reserve_growth(pool, [(packed, plan.growth) for packed, plan in work], slack)
 
-    def _reserve_growth(self, pool: PagePool, work: list[tuple[PackedLayer, list[list[int]]]], slack: float) -> None:
+    def _reserve_growth(self, pool: PagePool, work: Sequence[tuple[PackedRows, list[list[int]]]], slack: float) -> None:
         running: dict[int, int] = {}
         peak: dict[int, int] = {}
         for packed, growth in work:

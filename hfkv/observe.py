@@ -51,10 +51,14 @@ def observe_chunk(
     return _scored(received, visible, fill.lengths, heads)
 
 
-def observe_stored(tokens: LayerTokens, sequences: Sequences) -> tuple[list[Tensor], Tensor]:
-    """New scores from the kept queries: of packed tokens, per tier [rows, slots], and of the window's [rows, n]."""
+def observe_stored(
+    tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]
+) -> tuple[list[Tensor], Tensor]:
+    """New scores from the kept queries: of packed tokens, per tier [rows, slots], and of the window's [rows, n].
+
+    `stored` are the packed tokens' `score` and `birth` so far, per tier [rows, slots].
+    """
     packed, fill, heads = tokens.packed, sequences.fill, tokens.window.heads
-    stored = [packed.slots(tier, ("score", "birth"))[1] for tier in range(packed.tiers)]
     old = [parts["score"].float() for parts in stored]
     q, call = tokens.queries.kept(), tokens.call
     if q is None or call is None:

@@ -10,6 +10,7 @@ It may only move tokens down: a promoted low token would stay as coarse as it is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,25 @@ class Candidates:
     @property
     def exists(self) -> Tensor:
         return self.tier != EMPTY
+
+    @functools.cached_property
+    def rank(self) -> Tensor:
+        """Rank by score among all heads of the sequence, 0 = largest; ties by position. int64 [batch, kv_heads, T]."""
+        position = torch.arange(self._order.shape[1], device=self._order.device).expand_as(self._order)
+        return torch.empty_like(self._order).scatter_(1, self._order, position).view(self.tier.shape)
+
+    @functools.cached_property
+    def eligible_rank(self) -> Tensor:
+        """The same among those that may be high; the largest int64 for the others."""
+        eligible = (self.exists & (self.tier != LOW)).flatten(1).gather(1, self._order)
+        rank = torch.where(eligible, eligible.cumsum(1) - 1, torch.iinfo(torch.int64).max)
+        return torch.empty_like(rank).scatter_(1, self._order, rank).view(self.tier.shape)
+
+    @functools.cached_property
+    def _order(self) -> Tensor:
+        """Positions of all heads' tokens, best first, those that do not exist last. int64 [batch, kv_heads * T]."""
+        score = self.score.masked_fill(~self.exists, -1.0)
+        return score.flatten(1).argsort(dim=1, descending=True, stable=True)
 
 
 Policy = Callable[[Candidates], Tensor]
@@ -153,26 +173,15 @@ def by_quota(c: Candidates, high: Tensor | None, keep: Tensor) -> Tensor:
         high: int64 [batch], tokens of all heads that may be high (those that are low already do not count), or None.
         keep: int64 [batch], tokens of all heads that may be kept.
     """
-    score = c.score.masked_fill(~c.exists, -1.0)
-    kept = _rank(score) < keep[:, None, None]
+    kept = c.rank < keep[:, None, None]
     if high is None:
         return torch.where(kept, HIGH if c.tiers == 1 else LOW, PRUNED)
-    eligible = score.masked_fill(c.tier == LOW, -1.0)
-    is_high = (_rank(eligible) < high[:, None, None]) & (eligible >= 0)
-    return torch.where(kept, torch.where(is_high, HIGH, LOW), PRUNED)
+    return torch.where(kept, torch.where(c.eligible_rank < high[:, None, None], HIGH, LOW), PRUNED)
 
 
 def only_down(c: Candidates, tiers: Tensor) -> Tensor:
     """A policy's answer with promotions read as staying: LOW -> HIGH becomes LOW."""
     return torch.where((c.tier == LOW) & (tiers == HIGH), LOW, tiers)
-
-
-def _rank(score: Tensor) -> Tensor:
-    """Rank of every entry among all heads of its sequence, 0 = largest; ties by position. [batch, heads, T]."""
-    flat = score.flatten(1)
-    order = flat.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
-    return rank.view_as(score)
 
 
 def keep_all(c: Candidates) -> Tensor:

@@ -297,6 +297,11 @@ class PageLayout:
         stride = typed.stride(0)
         return typed.as_strided((pages.shape[0], *shape), (stride, *strides), typed.storage_offset() + start)
 
+    def part(self, data: Tensor, start: int, name: str) -> Tensor:
+        """A per-token part [n, tokens] of the bytes from `start` on of pages, uint8 [n, bytes], as a view."""
+        first, stop = self.fields[name]
+        return data[:, first - start : stop - start].view(self._dtype(name))
+
     @functools.cached_property
     def _views(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
         """Per part: dtype, shape and strides inside a page, first element."""

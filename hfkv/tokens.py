@@ -17,10 +17,11 @@ from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.observe import observe_chunk
-from hfkv.paging.packed import PackedLayer, PageTable
+from hfkv.paging.packed import PackedLayer
+from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of
 from hfkv.quant import Codec, PageLayout, rotation
-from hfkv.tiering import incoming_tokens, plan_tiers
+from hfkv.tiering import incoming_tokens, plan_tiers, stored_tokens
 from hfkv.window import KeptQueries, Window
 
 if TYPE_CHECKING:
@@ -142,8 +143,9 @@ class LayerTokens:
         sequences = self.window.followed_by(chunk.k, chunk.v, self.fill, after, valid)
         leaving = (after.counts - self.config.window).clamp_min(0)
         score = observe_chunk(sequences, q, valid, call, lse, self.config.observe) if self.config.selects else None
-        incoming = incoming_tokens(sequences, leaving, self.config.window, score)
-        plan = plan_tiers(self, incoming, None, after)
+        incoming = incoming_tokens([sequences], leaving, self.config.window, score)
+        stored = stored_tokens(self.packed, self.config.selects)
+        plan = plan_tiers([self], self.packed, incoming, stored, after, rescored=False)
         coded = self.packed.code_incoming(plan, incoming)
         self.cache.reserve(self.packed.pool, [(self.packed, plan)])
         self.packed.apply(plan, coded)

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from hfkv.kernels import compaction
 from hfkv.kernels.quantize_pack import Basis, unpack_tokens
-from hfkv.paging.packed import Incoming, PackedLayer
+from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
+from hfkv.paging.rows import Incoming
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, Codec, PageLayout, rotation
 
 

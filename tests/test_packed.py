@@ -6,16 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfkv.kernels.compaction import touched_pages
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.paging.packed import Incoming, PackedLayer
+from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout
 
 DIM = 16
 
 
-def packed_layer(rows, tokens=32, tiers=((8, 8), (4, 4))):
-    pool = PagePool("cpu")
+def packed_layer(rows, tokens=32, tiers=((8, 8), (4, 4)), pool=None):
+    pool = PagePool("cpu") if pool is None else pool
     layouts = [
         PageLayout(*(Codec.of(t, s, DIM, torch.float32, "fitted") for s in ("key", "value")), tokens, True)
         for t in tiers
@@ -163,3 +165,62 @@ def test_select_copies_rows(counts, index, random):
     check_bytes(layer)
     ids = torch.cat([layer.table.pages(t, layer.page_counts(t))[0] * 2 + t for t in range(2)])
     assert ids.unique().numel() == ids.numel()
+
+
+def compact(layer, counts, births, choose):
+    """One flush; `choose` maps (birth, current tier) to tiers. Returns what each row then holds, {birth: tier}."""
+    fresh = incoming(counts, births)
+    stored = slots(layer)
+    now = [torch.where(filled, (HIGH, LOW)[t], EMPTY) for t, (filled, _) in enumerate(stored)]
+    current = torch.cat([*now, torch.where(fresh.valid, NEW, EMPTY)], 1).to(torch.int8)
+    birth = torch.cat([*(parts["birth"].long() for _, parts in stored), fresh.birth], 1)
+    target = choose(birth, current)
+    plan = layer.plan(target, current, [parts["score"].float() for _, parts in stored])
+    coded = layer.code_incoming(plan, fresh)
+    layer.pool.reserve({cls: grow for cls, (grow, _) in zip(layer.classes, plan.growth, strict=True)})
+    layer.apply(plan, coded)
+    kept = (current != EMPTY) & (target != PRUNED)
+    return [dict(zip(b[k].tolist(), t[k].tolist(), strict=True)) for b, t, k in zip(birth, target, kept, strict=True)]
+
+
+def test_one_tier_grows_into_columns_that_the_other_leaves():
+    """Both ends of a full row of the page table move at once."""
+    layer = packed_layer(1)
+    compact(layer, [200], [0], lambda birth, _: torch.where(birth < 90, HIGH, LOW))
+
+    def thin_out(birth, now):
+        return torch.where((now == LOW) & (birth % 4 > 0), PRUNED, torch.where(now == NEW, HIGH, now))
+
+    expected = compact(layer, [90], [200], thin_out)
+    assert tiers_held(layer) == expected
+    check_bytes(layer)
+
+
+@given(st.lists(st.integers(0, 70), min_size=6, max_size=6), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_layers_flushed_together_keep_their_own_tokens(counts, random):
+    pool = PagePool("cpu")
+    layers = [packed_layer(2, pool=pool) for _ in range(3)]
+    for index, layer in enumerate(layers):
+        step(layer, counts[index : index + 2], [0, 0], random)
+    rows = PackedRows.stacked(layers)
+    expected = step(rows, counts, [100 + i for i in range(6)], random)
+    rows.hand_back(layers)
+    assert [held for layer in layers for held in tiers_held(layer)] == expected
+    for layer in layers:
+        check_bytes(layer)
+        layer.release()
+    assert pool.used_bytes == 0
+
+
+def test_pages_whose_tokens_stay_are_not_touched():
+    stay = torch.zeros(3, 12, dtype=torch.bool)
+    stay[0, :10] = True  # nothing changes
+    stay[1, :10], stay[1, 1] = True, False  # a hole in page 0, filled from page 2
+    stay[2, :6] = True  # new tokens behind 6: page 1 has room for two
+    before, after = torch.tensor([10, 10, 6]), torch.tensor([10, 9, 12])
+    assert touched_pages(stay, before, after, 4).tolist() == [
+        [False, False, False],
+        [True, False, True],
+        [False, True, False],
+    ]

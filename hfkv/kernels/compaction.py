@@ -33,6 +33,25 @@ def clear(layout: PageLayout, pages: Tensor, free: Tensor) -> None:
         layout.view(pages, name).masked_fill_(free, 0)
 
 
+def pages_for(count: Tensor, tokens: int) -> Tensor:
+    """Pages of `tokens` slots that hold so many tokens."""
+    return (count + tokens - 1) // tokens
+
+
+def touched_pages(stay: Tensor, before: Tensor, after: Tensor, tokens: int) -> Tensor:
+    """Which of the rows' pages a compaction changes: bool [rows, pages]; the others stay as they are.
+
+    Args:
+        stay: bool [rows, pages * tokens], slots whose token keeps its tier.
+        before, after: int64 [rows], tokens of each row.
+    """
+    slot = torch.arange(stay.shape[1], device=stay.device)
+    in_place = stay & (slot < stay.sum(1, keepdim=True))  # neither a hole nor moved into one
+    held = pages_for(before, tokens) * tokens  # slots of the pages that are there
+    free = slot >= torch.minimum(torch.maximum(before, after), held)[:, None]
+    return ~(in_place | free).view(stay.shape[0], stay.shape[1] // tokens, tokens).all(2)
+
+
 def hole_moves(stay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which tokens move where when only some stay: stay bool [rows, slots] -> (row, from, to), each int64 [moves].
 

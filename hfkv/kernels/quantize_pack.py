@@ -9,6 +9,9 @@ from torch import Tensor
 
 from hfkv.quant import PageLayout, decode, encode
 
+LARGEST_SCORE = 65504.0
+"""Scores are stored as fp16."""
+
 Tokens = dict[str, Tensor]
 """Packed tokens by part of the page layout: `key` [n, rows], `value` [n, rows], every other part [n]."""
 
@@ -65,7 +68,7 @@ def code_tokens(layout: PageLayout, keys: Tensor, values: Tensor, score: Tensor,
         if zero is not None:
             tokens[f"{side}_zero"] = zero
     if layout.scored:
-        tokens["score"] = score.clamp_max(65504.0).half()
+        tokens["score"] = score.clamp_max(LARGEST_SCORE).half()
         tokens["birth"] = birth.to(torch.int32)
     return tokens
 

@@ -217,9 +217,26 @@ class PagePool:
 
     def scatter(self, cls: int, ids: Tensor, pages: Tensor) -> None:
         """Write whole pages uint8 [n, page_bytes] back."""
-        data = pages.view(torch.int64)
-        for rows, words, position in self.locate(cls, ids):
-            rows.index_copy_(0, words, data[position])
+        self.write(cls, ids, 0, pages)
+
+    def read(self, cls: int, ids: Tensor, start: int, stop: int) -> Tensor:
+        """Copies of bytes [start, stop) of pages, multiples of 8: ids int32 [n] -> uint8 [n, stop - start]."""
+        first, last = start // WORD, stop // WORD
+        found = self.locate(cls, ids)
+        if len(found) == 1:
+            rows, words, _ = found[0]
+            return rows[:, first:last].index_select(0, words).view(torch.uint8)
+        out = torch.empty(ids.numel(), last - first, dtype=torch.int64, device=self.device)
+        for rows, words, position in found:
+            out[position] = rows[:, first:last].index_select(0, words)
+        return out.view(torch.uint8)
+
+    def write(self, cls: int, ids: Tensor, start: int, data: Tensor) -> None:
+        """Write data uint8 [n, bytes] over the pages' bytes from `start` on, both multiples of 8."""
+        data, first, found = data.view(torch.int64), start // WORD, self.locate(cls, ids)
+        for rows, words, position in found:
+            part = data if len(found) == 1 else data[position]
+            rows[:, first : first + data.shape[1]].index_copy_(0, words, part)
 
     def _zero_metadata(self, cls: int, ids: Tensor) -> None:
         start = self.layout(cls).zero_start // WORD

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hfkv.kernels.compaction import pages_for
+
 
 class PageTable:
     """Page ids and token counts of all heads of a layer; a row is one KV head of one sequence.
@@ -24,13 +26,29 @@ class PageTable:
 
     def clone(self) -> PageTable:
         """The table as it is now, of its own memory."""
-        other = PageTable(0, self.ids.device)
-        other.ids, other.lengths = self.ids.clone(), self.lengths.clone()
-        return other
+        return PageTable.of(self.ids.clone(), self.lengths.clone())
+
+    @classmethod
+    def of(cls, ids: Tensor, lengths: Tensor) -> PageTable:
+        """A table of these very tensors."""
+        table = cls.__new__(cls)
+        table.ids, table.lengths = ids, lengths
+        return table
+
+    @classmethod
+    def joined(cls, tables: list[PageTable], page_tokens: int) -> PageTable:
+        """The rows of several tables, one after the other, as wide as the widest."""
+        width = max(table.ids.shape[1] for table in tables)
+        parts = [t if t.ids.shape[1] == width else t.widened(width, t.page_counts(1, page_tokens)) for t in tables]
+        return cls.of(torch.cat([t.ids for t in parts]), torch.cat([t.lengths for t in parts]))
+
+    def split(self, parts: int) -> list[PageTable]:
+        """The rows cut into so many tables, which share this one's memory."""
+        return [PageTable.of(*pair) for pair in zip(self.ids.chunk(parts), self.lengths.chunk(parts), strict=True)]
 
     def page_counts(self, tier: int, page_tokens: int) -> Tensor:
         """Pages per row, int64 [rows]."""
-        return (self.lengths[:, tier].long() + page_tokens - 1) // page_tokens
+        return pages_for(self.lengths[:, tier].long(), page_tokens)
 
     def pages(self, tier: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first `counts[row]` pages of a tier, row by row: (ids int32, row int64, index inside the row int64)."""
@@ -45,17 +63,17 @@ class PageTable:
         """Enter page ids at (row, index)."""
         self.ids[row, self._column(tier, index)] = ids
 
-    def widen(self, width: int, counts: Tensor) -> None:
-        """Make room for `width` pages per row, by doubling; `counts` are the pages of tier 1, which move right."""
+    def widened(self, width: int, counts: Tensor) -> PageTable:
+        """A copy with at least `width` columns; `counts` are the pages of tier 1."""
         old = self.ids.shape[1]
         if width <= old:
-            return
-        width = max(width, 2 * old)
+            return self.clone()
         ids, row, index = self.pages(1, counts)
         grown = self.ids.new_zeros(self.ids.shape[0], width)
         grown[:, :old] = self.ids
-        self.ids = grown
-        self.write(1, row, index, ids)
+        other = PageTable.of(grown, self.lengths.clone())
+        other.write(1, row, index, ids)
+        return other
 
     def _column(self, tier: int, index: Tensor) -> Tensor:
         return index if tier == 0 else self.ids.shape[1] - 1 - index

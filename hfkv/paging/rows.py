@@ -1,0 +1,309 @@
+"""Rows of packed tokens and their compaction: decided, counted, then done for all rows at once.
+
+A row is one KV head of one sequence of one layer. Layers that are alike are flushed together: their rows are stacked,
+and one set of operations serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfkv.kernels import compaction
+from hfkv.kernels.compaction import pages_for
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, code_tokens, pack_tokens, unpack_tokens
+from hfkv.paging.pool import PagePool
+from hfkv.paging.table import PageTable, ragged_index
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
+
+
+@dataclass
+class Incoming:
+    """Exact tokens that leave the window.
+
+    Attributes:
+        k, v: [rows, n, D or Dv].
+        score: float [rows, n]; birth: int64 [rows, n].
+        valid: bool [rows, n], False in what shorter rows do not have.
+    """
+
+    k: Tensor
+    v: Tensor
+    score: Tensor
+    birth: Tensor
+    valid: Tensor
+
+    def chosen(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """k [m, D], v [m, Dv], row, score and birth [m] of the tokens `entering`, bool [rows, n], row by row."""
+        rows, n = entering.shape
+        if bool(entering.all()):  # all of them, as they lie
+            row = torch.arange(rows, device=entering.device).repeat_interleave(n)
+            return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
+        row, column = entering.nonzero(as_tuple=True)
+        return self.k[row, column], self.v[row, column], row, self.score[row, column], self.birth[row, column]
+
+
+@dataclass
+class Compaction:
+    """What one flush will do to its rows, decided and counted before anything changes.
+
+    Attributes:
+        stay: per tier, bool [rows, slots] of stored tokens that keep their tier.
+        demoted: bool [rows, slots] of high tokens that become low.
+        entering: per tier, bool [rows, n] of incoming tokens.
+        lengths: int64 [rows, tiers] afterwards.
+        scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
+        growth: per tier, on the host: pages that rows need anew, and give back.
+        widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
+    """
+
+    stay: list[Tensor]
+    demoted: Tensor | None
+    entering: list[Tensor]
+    lengths: Tensor
+    scores: list[Tensor] | None
+    growth: list[list[int]]
+    widest: list[int]
+
+
+class PackedRows:
+    """Packed tokens of rows that share tiers, shapes and rotations, in pages of a pool.
+
+    Args:
+        pool: the device's pool.
+        layouts: one page layout per tier, best first.
+        table: pages and lengths of the rows.
+        basis: rotations of keys and values; its mean is set when the first tokens are packed.
+        shift: subtract the mean of the first packed keys from every key.
+    """
+
+    def __init__(self, pool: PagePool, layouts: list[PageLayout], table: PageTable, basis: Basis, shift: bool) -> None:
+        self.pool = pool
+        self.layouts = layouts
+        self.classes = [pool.class_of(layout) for layout in layouts]
+        self.table = table
+        self.basis = basis
+        self.shift = shift
+        self.has_mean = torch.zeros(self.rows, dtype=torch.bool, device=pool.device)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[PackedRows]) -> PackedRows:
+        """The rows of several that are alike, one after the other; `hand_back` tells them what has changed."""
+        first = parts[0]
+        table = PageTable.joined([part.table for part in parts], first.layouts[0].tokens)
+        rows = PackedRows(first.pool, first.layouts, table, first.basis, first.shift)
+        rows.has_mean = torch.cat([part.has_mean for part in parts])
+        means = [part.basis.mean for part in parts]
+        known = next((mean for mean in means if mean is not None), None)
+        mean = None
+        if known is not None:
+            mean = torch.cat([torch.zeros_like(known) if mean is None else mean for mean in means])
+        rows.basis = Basis(first.basis.key, first.basis.value, mean)
+        return rows
+
+    def hand_back(self, parts: Sequence[PackedRows]) -> None:
+        """Give those that were `stacked` their rows as they are now; they share memory from then on."""
+        tables, has_mean = self.table.split(len(parts)), self.has_mean.chunk(len(parts))
+        means = [None] * len(parts) if self.basis.mean is None else self.basis.mean.chunk(len(parts))
+        for part, table, has, mean in zip(parts, tables, has_mean, means, strict=True):
+            part.table, part.has_mean, part.basis.mean = table, has, mean
+            part.changed()
+
+    def changed(self) -> None:
+        """Called whenever pages or table have changed."""
+
+    @property
+    def rows(self) -> int:
+        return self.table.lengths.shape[0]
+
+    @property
+    def tiers(self) -> int:
+        return len(self.layouts)
+
+    def page_counts(self, tier: int) -> Tensor:
+        return self.table.page_counts(tier, self.layouts[tier].tokens)
+
+    def slots(self, tier: int, names: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-token parts by slot: (filled bool [rows, slots], name -> [rows, slots] with 0 in free slots)."""
+        layout, counts = self.layouts[tier], self.page_counts(tier)
+        width = int(counts.max()) if self.rows else 0
+        parts: dict[str, Tensor] = {}
+        if names:
+            ids, row, index = self.table.pages(tier, counts)
+            start, stop = (pick(layout.fields[name][end] for name in names) for end, pick in enumerate((min, max)))
+            data = self.pool.read(self.classes[tier], ids, start, stop)
+            for name in names:
+                grid = self._grid(width, row, index, layout.part(data, start, name))
+                parts[name] = grid.flatten(1)
+        slot = torch.arange(width * layout.tokens, device=self.pool.device)
+        return slot < self.table.lengths[:, tier, None], parts
+
+    # ---- decide and count --------------------------------------------------------------------------------------------
+
+    def plan(self, target: Tensor, current: Tensor, scores: list[Tensor], rescored: bool = True) -> Compaction:
+        """Turn a policy's answer into a compaction.
+
+        Args:
+            target: int8 [rows, stored slots of tier 0, of tier 1, incoming], the tier every token shall have.
+            current: same shape; EMPTY marks slots without a token.
+            scores: scores of the stored tokens, per tier [rows, slots].
+            rescored: whether the scores differ from those stored.
+        """
+        widths = [s.shape[1] for s in scores]
+        widths.append(target.shape[1] - sum(widths))
+        wanted, now = target.split(widths, 1), current.split(widths, 1)
+        stay = [(now[t] != EMPTY) & (wanted[t] == (HIGH, LOW)[t]) for t in range(self.tiers)]
+        demoted = (now[0] != EMPTY) & (wanted[0] == LOW) if self.tiers == 2 else None
+        entering = [(now[-1] == NEW) & (wanted[-1] == (HIGH, LOW)[t]) for t in range(self.tiers)]
+        lengths = torch.stack([s.sum(1) + e.sum(1) for s, e in zip(stay, entering, strict=True)], 1)
+        if demoted is not None:
+            lengths[:, 1] += demoted.sum(1)
+        needed = pages_for(lengths, self.layouts[0].tokens)  # [rows, tiers]
+        change = needed - torch.stack([self.page_counts(tier) for tier in range(self.tiers)], 1)
+        summary = (
+            change.clamp_min(0).sum(0),
+            (-change).clamp_min(0).sum(0),
+            needed.amax(0),
+            needed.sum(1).amax()[None],
+        )
+        numbers = torch.cat(summary).tolist()  # the one look of the host at a compaction
+        growth = [numbers[tier : 2 * self.tiers : self.tiers] for tier in range(self.tiers)]
+        return Compaction(
+            stay, demoted, entering, lengths, scores if rescored else None, growth, numbers[2 * self.tiers :]
+        )
+
+    def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
+        """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
+        self._note_mean(incoming)
+        return [
+            pack_tokens(layout, self.basis, *incoming.chosen(entering))
+            for layout, entering in zip(self.layouts, plan.entering, strict=True)
+        ]
+
+    def _note_mean(self, incoming: Incoming) -> None:
+        """Fix the mean key of every row at the first tokens that it packs."""
+        if not self.shift:
+            return
+        if self.basis.mean is None:
+            self.basis.mean = torch.zeros(self.rows, incoming.k.shape[-1], device=self.pool.device)
+        count = incoming.valid.sum(1)  # [rows]
+        fresh = ~self.has_mean & (count > 0)
+        if bool(fresh.any()):
+            keys = self.basis.rotate_keys(incoming.k[fresh]) * incoming.valid[fresh][..., None]
+            self.basis.mean[fresh] = keys.sum(1) / count[fresh][:, None]
+            self.has_mean |= fresh
+
+    # ---- do ----------------------------------------------------------------------------------------------------------
+
+    def apply(self, plan: Compaction, coded: list[Tokens]) -> None:
+        """Do what was planned; the pool must have room for it."""
+        counts = [self.page_counts(tier) for tier in range(self.tiers)]
+        width = self.table.ids.shape[1]
+        width = width if plan.widest[-1] <= width else max(plan.widest[-1], 2 * width)  # grown by doubling
+        table = self.table.widened(width, counts[1] if self.tiers == 2 else torch.zeros_like(counts[0]))
+        arriving = [[(tokens, entering.sum(1))] for tokens, entering in zip(coded, plan.entering, strict=True)]
+        for tier in range(self.tiers):
+            if plan.scores is not None:
+                self._rescore(tier, counts[tier], plan.scores[tier])
+            edit = _Edit(self, tier, plan, counts[tier])
+            if tier == 0 and plan.demoted is not None:
+                arriving[1].insert(0, edit.demoted(self.layouts[1], plan.demoted))
+            edit.close_holes()
+            edit.exchange(table)
+            edit.append(arriving[tier])
+            edit.write()
+        table.lengths[:, : self.tiers] = plan.lengths
+        self.table = table
+        self.changed()
+
+    def _rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:
+        """Write the new scores of stored tokens into their pages."""
+        layout = self.layouts[tier]
+        ids, row, index = self.table.pages(tier, counts)
+        if layout.scored and ids.numel():
+            filled = torch.arange(scores.shape[1], device=scores.device) < self.table.lengths[:, tier, None]
+            half = torch.where(filled, scores.clamp_max(LARGEST_SCORE), 0.0).half()
+            pages = half.unflatten(1, (-1, layout.tokens))[row, index]
+            self.pool.write(self.classes[tier], ids, layout.fields["score"][0], pages.view(torch.uint8))
+
+    def _grid(self, width: int, row: Tensor, index: Tensor, part: Tensor) -> Tensor:
+        grid = part.new_zeros(self.rows, width, *part.shape[1:])
+        grid[row, index] = part
+        return grid
+
+
+class _Edit:
+    """The pages of one tier that a compaction changes, and what becomes of them.
+
+    Attributes:
+        row, index: int64 [pages], which page of which row: first those that are there, then those that come.
+        pages: uint8 [pages, page_bytes], copies; the others are not touched.
+    """
+
+    def __init__(self, rows: PackedRows, tier: int, plan: Compaction, counts: Tensor) -> None:
+        self.pool, self.table, self.tier = rows.pool, rows.table, tier
+        self.layout, self.cls = rows.layouts[tier], rows.classes[tier]
+        self.stay, self.counts = plan.stay[tier], counts
+        self.kept = self.stay.sum(1)
+        tokens = self.layout.tokens
+        self.needed = pages_for(plan.lengths[:, tier], tokens)
+        before = rows.table.lengths[:, tier].long()
+        touched = compaction.touched_pages(self.stay, before, plan.lengths[:, tier], tokens)
+        self.row, self.index = touched.nonzero(as_tuple=True)
+        self.ids = self.table.lookup(tier, self.row, self.index)
+        self.pages = self.pool.gather(self.cls, self.ids)
+        width = max(touched.shape[1], plan.widest[tier])
+        self.position = torch.zeros(rows.rows, width, dtype=torch.int64, device=self.ids.device)
+        self.position[self.row, self.index] = torch.arange(self.row.numel(), device=self.ids.device)
+
+    def flat(self, row: Tensor, slot: Tensor) -> Tensor:
+        """Slots of rows -> flat slots of `pages`."""
+        tokens = self.layout.tokens
+        return self.position[row, slot // tokens] * tokens + slot % tokens
+
+    def demoted(self, low: PageLayout, demoted: Tensor) -> tuple[Tokens, Tensor]:
+        """The demoted tokens in their new code, and how many each row has."""
+        tokens = compaction.take(self.layout, self.pages, self.flat(*demoted.nonzero(as_tuple=True)))
+        keys, values = unpack_tokens(self.layout, tokens)
+        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"]), demoted.sum(1)
+
+    def close_holes(self) -> None:
+        """Fill holes from the tail, and leave free slots without metadata."""
+        row, source, target = compaction.hole_moves(self.stay)
+        if row.numel():
+            moved = compaction.take(self.layout, self.pages, self.flat(row, source))
+            compaction.put(self.layout, self.pages, self.flat(row, target), moved)
+        slot = torch.arange(self.layout.tokens, device=self.row.device)
+        free = self.index[:, None] * self.layout.tokens + slot >= self.kept[self.row][:, None]
+        compaction.clear(self.layout, self.pages, free)
+
+    def exchange(self, table: PageTable) -> None:
+        """Give back the pages that rows no longer need and take those that they need anew, into `table`."""
+        stays = self.index < self.needed[self.row]
+        self.pool.release(self.cls, self.ids[~stays])
+        demand = (self.needed - self.counts).clamp_min(0)
+        row, index = ragged_index(demand)
+        index = index + self.counts[row]
+        ids = self.pool.allocate(self.cls, demand)
+        self.position[row, index] = torch.arange(row.numel(), device=row.device) + self.row.numel()
+        self.pages = torch.cat([self.pages, self.pages.new_zeros(row.numel(), self.layout.page_bytes)])
+        self.ids, self.held = torch.cat([self.ids, ids]), torch.cat([stays, torch.ones_like(row, dtype=torch.bool)])
+        table.write(self.tier, row, index, ids)
+
+    def append(self, arriving: list[tuple[Tokens, Tensor]]) -> None:
+        """Put tokens, row by row and so many of each row, behind what the rows have kept."""
+        end = self.kept
+        for tokens, count in arriving:
+            row, rank = ragged_index(count)
+            compaction.put(self.layout, self.pages, self.flat(row, end[row] + rank), tokens)
+            end = end + count
+
+    def write(self) -> None:
+        """Put the pages that rows still have back to where they lie."""
+        if bool(self.held.all()):
+            self.pool.scatter(self.cls, self.ids, self.pages)
+        else:
+            self.pool.scatter(self.cls, self.ids[self.held], self.pages[self.held])
