@@ -17,7 +17,9 @@ from hfkv.bench.timing import free_memory, held_bytes, peak_above
 
 PART = "generate"
 LEAN_KINDS = ("k8v4", "mixed")
-WARM_UP = 2
+WARM_UP = 4
+"""Tokens before the measured ones: a compiled step records its graph at its second call."""
+
 PROBE = 2
 """Sequences from which the bytes of one more are estimated."""
 
@@ -26,8 +28,9 @@ FIRST_GUESS, NEXT_GUESS, GUESSES = 0.97, 0.95, 10
 
 def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
     """The goals' comparison first, then batch 1, then the other caches; compilation last."""
-    model, largest = sizes.model, (sizes.largest_tokens, LARGEST)
-    single = [(tokens, 1) for tokens in sizes.single_tokens]
+    model = sizes.model
+    largest: tuple[int, int | str] = (sizes.largest_tokens, LARGEST)
+    single: list[tuple[int, int | str]] = [(tokens, 1) for tokens in sizes.single_tokens]
     points: list[tuple[str, tuple[int, int | str]]] = [(name, largest) for name in (DYNAMIC, *LEAN_KINDS)]
     points += [(name, at) for at in single for name in (DYNAMIC, *LEAN_KINDS)]
     for others in ((STATIC,), tuple(QUANTIZED)):
@@ -73,7 +76,7 @@ def _generate(session: Session, cell: Cell, batch: int) -> dict[str, Any]:
 
 def _run(session: Session, cell: Cell, cache: Cache, batch: int, seen: int, new: int, compiled: bool) -> None:
     """`new` tokens behind a cache that holds `seen`; the prompt's last token is the one that is not cached yet."""
-    model = session.model(cell.layers, caches.attention_of(cell.cache))
+    model: Any = session.model(cell.layers, caches.attention_of(cell.cache))
     ids = session.random_ids(batch, seen + 1)
     out = model.generate(
         ids,
@@ -84,7 +87,6 @@ def _run(session: Session, cell: Cell, cache: Cache, batch: int, seen: int, new:
         do_sample=False,
         disable_compile=not compiled,
     )
-    assert isinstance(out, torch.Tensor)
     if out.shape[1] != seen + 1 + new:
         raise RuntimeError(f"generate made {out.shape[1] - seen - 1} of {new} tokens")
 

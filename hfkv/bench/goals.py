@@ -101,7 +101,7 @@ def _speedups(rows: list[Row]) -> list[Goal]:
     wanted += [(name, SMALL, 1.0) for name in SPEEDUP]
     goals = []
     for name, (tokens, batch), factor in wanted:
-        text = f"{name} decode: {factor}x the best bf16 attention at {tokens} x {batch}"
+        text = f"{name} decode: {factor}x the best exact attention at {tokens} x {batch}"
         own = [r for r in rows if r["cache"] == name and _at(r) == (tokens, batch)]
         found = [(speedup(rows, r), r) for r in own]
         known = [(s, r) for s, r in found if s is not None]
@@ -125,9 +125,7 @@ def _prompt(rows: list[Row]) -> list[Goal]:
     goals = [Goal(text)]
     if timed:
         worst, row = max(timed, key=lambda pair: pair[0])
-        goals = [
-            Goal(text, f"{worst:+.1%} at most ({row['cache']}, {row['tokens']} tokens)", worst <= PROMPT_OVERHEAD)
-        ]
+        goals = [Goal(text, f"{worst:+.1%} at most ({row['cache']}, {row['tokens']} tokens)", worst <= PROMPT_OVERHEAD)]
     return [*goals, *_peaks(rows)]
 
 

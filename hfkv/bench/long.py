@@ -27,7 +27,7 @@ def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
 
 @torch.no_grad()
 def measure(session: Session, cell: Cell) -> list[dict[str, Any]]:
-    """One row per `long_every` tokens: median step, mean step with its flushes, bytes of the cache and of the device."""
+    """One row per `long_every` tokens: median and mean step (the mean has the flushes in it), bytes held."""
     assert isinstance(cell.batch, int)
     assert cell.last_step is not None
     model = session.model(cell.layers, caches.attention_of(cell.cache))

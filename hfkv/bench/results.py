@@ -84,6 +84,10 @@ class Results:
         keys = (self._key(cell, cell.last_step), self._key(cell, None))
         return any(self._rows[key]["status"] in (OK, NO_MEMORY) for key in keys if key in self._rows)
 
+    def tried(self, cell: Cell) -> bool:
+        """Whether there is a row of the cell, whatever it says."""
+        return any(self._key(cell, step) in self._rows for step in (None, cell.last_step))
+
     def add(self, cell: Cell, rows: list[dict[str, Any]]) -> None:
         """Put a cell's rows in the place of what is known of it."""
         old = self._key(cell, None)[:-1]

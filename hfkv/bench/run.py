@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -72,6 +71,7 @@ def measure_part(name: str, part: Part, session: Session, results: Results) -> i
     if name == long.PART:
         cells = [replace(cell, last_step=session.sizes.long_tokens) for cell in cells]
     waiting = [cell for cell in cells if not results.finished(cell)]
+    waiting.sort(key=results.tried)  # what has failed before must not keep the others from being measured
     _say(f"\n{name}: {len(waiting)} of {len(cells)} cells to measure")
     failed, slowest = 0, 0.0
     for number, cell in enumerate(waiting):
@@ -80,10 +80,11 @@ def measure_part(name: str, part: Part, session: Session, results: Results) -> i
             break
         start = time.monotonic()
         rows = _measure_cell(part, session, cell)
-        slowest = max(slowest, time.monotonic() - start)
         results.add(cell, [row | _origin(session) for row in rows])
         failed += rows[0]["status"].startswith(FAILED)
         _say(f"{name} {number + 1}/{len(waiting)}: {_told(cell, rows)}, {time.monotonic() - start:.1f} s")
+        free_memory(session.device)
+        slowest = max(slowest, time.monotonic() - start)
     return failed
 
 
@@ -108,8 +109,6 @@ def _measure_cell(part: Part, session: Session, cell: Cell) -> list[dict[str, An
         return [{"status": UNAVAILABLE, "note": str(error)}]
     except Exception as error:  # kept in the CSV, told at once, and in the exit status; the other cells go on
         return [{"status": f"{FAILED}: {type(error).__name__}", "note": _first_line(error)}]
-    finally:
-        free_memory(session.device)
 
 
 def _origin(session: Session) -> dict[str, Any]:
@@ -137,7 +136,6 @@ def _device(name: str | None) -> torch.device:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-    sys.stdout.flush()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,18 +6,20 @@ from collections.abc import Callable
 
 from hfkv.bench import decode, flush, generate, goals, long, prompt
 from hfkv.bench.goals import Goal
-from hfkv.bench.results import OK, Row, number
+from hfkv.bench.results import LARGEST, OK, Row, number
 
 Columns = dict[str, Callable[[Row], str]]
 
 
 def show(part: str, rows: list[Row]) -> str:
-    """The table of one part, from the rows of one machine."""
+    """The table of one part, from the rows of one machine; below it what could not be measured, and why."""
     own = [row for row in rows if row["part"] == part]
     own.sort(key=lambda r: (-int(r["head_dim"]), int(r["tokens"]), r["batch"].zfill(8), int(r["step"] or 0)))
-    columns = _columns(part, own)
-    lines = [[*_where(row), *_cells(row, columns)] for row in own]
-    return aligned(["cache", "heads", "tokens", "batch", *columns], lines)
+    good = [row for row in own if row["status"] == OK]
+    columns = _places(good) | _columns(part, good)
+    text = aligned(list(columns), [[cell(row) for cell in columns.values()] for row in good]) if good else ""
+    missing = [f"{_name(row)}: {row['status']}" + (f", {row['note']}" if row["note"] else "") for row in own]
+    return "\n".join([text, *(line for line, row in zip(missing, own, strict=True) if row["status"] != OK)])
 
 
 def show_goals(found: list[Goal]) -> str:
@@ -40,17 +42,22 @@ def aligned(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
-def _where(row: Row) -> list[str]:
-    heads = f"{row['q_heads']}/{row['kv_heads']} x {row['head_dim']}"
-    batch = row["sequences"] or row["batch"]
-    return [row["cache"], heads, row["tokens"], f"{batch} (largest)" if row["batch"] == "largest" else batch]
+def _places(rows: list[Row]) -> Columns:
+    """What a row is about; the heads only where they differ."""
+    heads: Columns = {"heads": _heads} if len({_heads(row) for row in rows}) > 1 else {}
+    return {"cache": lambda r: r["cache"]} | heads | {"tokens": lambda r: r["tokens"], "batch": _batch}
 
 
-def _cells(row: Row, columns: Columns) -> list[str]:
-    if row["status"] == OK:
-        return [text(row) for text in columns.values()]
-    said = row["status"] + (f": {row['note']}" if row["note"] else "")
-    return [said, *["-"] * (len(columns) - 1)]
+def _heads(row: Row) -> str:
+    return f"{row['q_heads']}/{row['kv_heads']} x {row['head_dim']}"
+
+
+def _batch(row: Row) -> str:
+    return f"largest: {row['sequences']}" if row["batch"] == LARGEST else row["batch"]
+
+
+def _name(row: Row) -> str:
+    return f"{row['cache']}, {_heads(row)}, {row['tokens']} x {row['batch']}"
 
 
 def _columns(part: str, rows: list[Row]) -> Columns:
@@ -80,20 +87,28 @@ def _columns(part: str, rows: list[Row]) -> Columns:
             "MiB": _mib("physical_bytes"),
         }
     if part == generate.PART:
-        return {"tokens/s": _figure("tokens_per_second", "{:.1f}")} | common | {
-            "launch": lambda r: r["launch"],
+        return (
+            {"tokens/s": _figure("tokens_per_second", "{:.1f}")}
+            | common
+            | {
+                "launch": lambda r: r["launch"],
+                "cache MiB": _mib("physical_bytes"),
+                "of exact": _ratio("physical_bytes", "exact_bytes"),
+                "DynamicCache": lambda r: _times(_to_dynamic(rows, r)),
+                "note": lambda r: r["note"] or "-",
+            }
+        )
+    assert part == long.PART
+    return (
+        {"generated": lambda r: r["step"]}
+        | common
+        | {
+            "mean ms": _figure("mean_ms", "{:.3f}"),
             "cache MiB": _mib("physical_bytes"),
             "of exact": _ratio("physical_bytes", "exact_bytes"),
-            "DynamicCache": lambda r: _times(_to_dynamic(rows, r)),
-            "note": lambda r: r["note"] or "-",
+            "device MiB": _mib("held_bytes"),
         }
-    assert part == long.PART
-    return {"generated": lambda r: r["step"]} | common | {
-        "mean ms": _figure("mean_ms", "{:.3f}"),
-        "cache MiB": _mib("physical_bytes"),
-        "of exact": _ratio("physical_bytes", "exact_bytes"),
-        "device MiB": _mib("held_bytes"),
-    }
+    )
 
 
 def _figure(column: str, form: str) -> Callable[[Row], str]:
@@ -131,4 +146,4 @@ def _to_dynamic(rows: list[Row], row: Row) -> float | None:
 
 
 def _is_number(text: str) -> bool:
-    return text[:1].isdigit() or text[:1] in "+-"
+    return text == "-" or text.lstrip("+-")[:1].isdigit()

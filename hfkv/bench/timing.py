@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -15,6 +16,12 @@ COLD_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
 """Bytes written before every repeat, so that nothing measured lies in a cache: several times an L2."""
 
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+MMAP_THRESHOLD = -3
+"""glibc's option: blocks of at least so many bytes are mapped on their own and go back when they are freed."""
+
+RETURNED_BYTES = 256 << 10, 32 << 20
+"""That option while a peak is measured, and afterwards: what glibc adapts itself to."""
+
 WARM_UP = 3
 REPEATS = (7, 100)
 
@@ -92,9 +99,7 @@ class Clock:
                 self._cold.fill_(1)
                 times.append(self.once(step))
             return times
-        events = [
-            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)
-        ]
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in events:
             self._cold.fill_(1)
             start.record()
@@ -143,7 +148,7 @@ def held_bytes(device: torch.device) -> int | None:
 def peak_above(device: torch.device, work: Callable[[], object]) -> int | None:
     """Run work -> the most bytes it held above what was held before; None where the device cannot say.
 
-    On the CPU it is the process's resident bytes (Linux), which earlier frees make smaller than what was allocated.
+    On the CPU these are resident bytes of the process, on Linux with glibc.
     """
     free_memory(device)
     if device.type == "cuda":
@@ -151,14 +156,18 @@ def peak_above(device: torch.device, work: Callable[[], object]) -> int | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    mark = Path("/proc/self/clear_refs")
-    if not mark.exists():
+    mark, libc = Path("/proc/self/clear_refs"), ctypes.CDLL(None)
+    if not (mark.exists() and hasattr(libc, "malloc_trim")):
         work()
         return None
+    libc.mallopt(MMAP_THRESHOLD, RETURNED_BYTES[0])  # else what earlier frees left resident hides what is taken
+    libc.malloc_trim(0)
     mark.write_text("5")  # resets the high-water mark to what is resident now
     start = _high_water()
     work()
-    return _high_water() - start
+    peak = _high_water() - start
+    libc.mallopt(MMAP_THRESHOLD, RETURNED_BYTES[1])
+    return peak
 
 
 def _high_water() -> int:
