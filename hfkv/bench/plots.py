@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench import decode, flush, generate, goals, long, prompt
-from hfkv.bench.caches import DYNAMIC, LEAN
+from hfkv.bench.caches import DYNAMIC, LEAN, QUANTIZED, STATIC, STATIC_COMPILED
 from hfkv.bench.results import LARGEST, OK, Row, number
 
-INK = {"k8v4": "#1f5fa8", "k4v4": "#2a9d8f", "k4v2": "#c8553d", "mixed": "#7b4ea3", DYNAMIC: "#555555"}
+INK = {
+    "k8v4": "#1f5fa8",
+    "k4v4": "#2a9d8f",
+    "k4v2": "#c8553d",
+    "mixed": "#7b4ea3",
+    DYNAMIC: "#555555",
+    STATIC: "#8a8a8a",
+    STATIC_COMPILED: "#b5b5b5",
+    **dict(zip(QUANTIZED, ("#d9a441", "#b98a2f", "#8f6a1f"), strict=True)),
+}
 GREY = "#999999"
 
 
@@ -46,7 +55,7 @@ def draw(part: str, rows: list[Row], path: Path, machine: str) -> bool:
 
 def _decode(pyplot: Any, rows: list[Row]) -> Any:
     """Per shape two lines of panels: speed against the best exact attention, and share of the copy bandwidth."""
-    shapes = sorted({_shape(row) for row in rows}, reverse=True)
+    shapes = sorted({_shape(row) for row in rows}, key=lambda shape: -int(shape.split()[-1]))
     batches = sorted({int(row["batch"]) for row in rows})
     figure, grid = pyplot.subplots(
         2 * len(shapes),
@@ -76,7 +85,8 @@ def _decode(pyplot: Any, rows: list[Row]) -> Any:
         grid[2 * i + 1][0].set_ylabel("% of copy bandwidth", fontsize=8)
     for axis in grid[-1]:
         axis.set_xlabel("cached tokens", fontsize=8)
-    grid[1][0].legend(fontsize=7)
+    lines, labels = grid[1][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
 
 
@@ -106,6 +116,9 @@ def _prompt(pyplot: Any, rows: list[Row]) -> Any:
         _line(right, peaks, name)
     right.set_ylabel("peak MiB above the weights")
     right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:.0f}")
+    right.yaxis.set_minor_formatter("{x:.0f}")
+    right.tick_params(axis="y", which="both", labelsize=7)
     for axis in (left, right):
         _tokens_axis(axis, lengths)
         axis.set_xlabel("tokens of the prompt")
@@ -138,8 +151,8 @@ def _generate(pyplot: Any, rows: list[Row]) -> Any:
     largest = [row for row in rows if row["batch"] == LARGEST]
     for i, row in enumerate(largest):
         right.barh(i, float(row["tokens_per_second"]), color=INK.get(row["cache"], GREY))
-        right.text(0, i, f" batch {row['sequences']}", va="center", fontsize=8, color="white")
-    right.set_yticks(range(len(largest)), [row["cache"] for row in largest], fontsize=8)
+    labels = [f"{row['cache']}, batch {row['sequences']}" for row in largest]
+    right.set_yticks(range(len(largest)), labels, fontsize=8)
     right.invert_yaxis()
     right.set_xlabel("tokens/s at the largest batch" + (f", {largest[0]['tokens']} tokens" if largest else ""))
     return figure
@@ -188,4 +201,4 @@ def _by_tokens(rows: list[Row], name: str) -> list[Row]:
 
 
 def _shape(row: Row) -> str:
-    return f"{row['q_heads']}/{row['kv_heads']} x {row['head_dim']}"
+    return f"{row['q_heads']} query, {row['kv_heads']} KV heads of {row['head_dim']}"

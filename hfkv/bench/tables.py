@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from hfkv.bench import decode, flush, generate, goals, long, prompt
 from hfkv.bench.goals import Goal
 from hfkv.bench.results import LARGEST, OK, Row, number
+
+_NUMBER = re.compile(r"-|[-+]?[\d,.]+[%x]?")
 
 Columns = dict[str, Callable[[Row], str]]
 
@@ -18,8 +21,7 @@ def show(part: str, rows: list[Row]) -> str:
     good = [row for row in own if row["status"] == OK]
     columns = _places(good) | _columns(part, good)
     text = aligned(list(columns), [[cell(row) for cell in columns.values()] for row in good]) if good else ""
-    missing = [f"{_name(row)}: {row['status']}" + (f", {row['note']}" if row["note"] else "") for row in own]
-    return "\n".join([text, *(line for line, row in zip(missing, own, strict=True) if row["status"] != OK)])
+    return "\n".join([text, *_missing([row for row in own if row["status"] != OK])])
 
 
 def show_goals(found: list[Goal]) -> str:
@@ -28,13 +30,13 @@ def show_goals(found: list[Goal]) -> str:
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned, numbers to the right."""
+    """Columns aligned, those of numbers to the right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = {i for i in range(len(header)) if not all(_is_number(row[i]) for row in rows)}
+    numbers = {i for i in range(len(header)) if all(_NUMBER.fullmatch(row[i]) for row in rows)}
     text = [
         "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
+            cell.rjust(width) if i in numbers else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -56,8 +58,13 @@ def _batch(row: Row) -> str:
     return f"largest: {row['sequences']}" if row["batch"] == LARGEST else row["batch"]
 
 
-def _name(row: Row) -> str:
-    return f"{row['cache']}, {_heads(row)}, {row['tokens']} x {row['batch']}"
+def _missing(rows: list[Row]) -> list[str]:
+    """What was not measured, one line per cache and reason."""
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        said = f"{row['cache']}: {row['status']}" + (f", {row['note']}" if row["note"] else "")
+        places.setdefault(said, []).append(f"{row['tokens']} x {row['batch']}")
+    return [f"{said} (at {', '.join(dict.fromkeys(at))})" for said, at in places.items()]
 
 
 def _columns(part: str, rows: list[Row]) -> Columns:
@@ -143,7 +150,3 @@ def _to_dynamic(rows: list[Row], row: Row) -> float | None:
         if same and other["cache"] == generate.DYNAMIC and other["status"] == OK:
             return float(row["tokens_per_second"]) / float(other["tokens_per_second"])
     return None
-
-
-def _is_number(text: str) -> bool:
-    return text == "-" or text.lstrip("+-")[:1].isdigit()
