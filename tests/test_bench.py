@@ -1,6 +1,5 @@
 """The benchmark on the CPU: what its rows say, that it resumes and stops in time, and how it judges."""
 
-import argparse
 import csv
 import os
 import subprocess
@@ -24,6 +23,13 @@ SHAPE = Shape(8, 2, 64)
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """Timings mean nothing here: what is copied and written beside them may be small."""
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(timing.COLD_BYTES, "cpu", 1 << 20)
+
+
 def session(budget=None):
     return Session(CPU, torch.float32, sizes_for(CPU, quick=True), budget)
 
@@ -31,12 +37,6 @@ def session(budget=None):
 def read(path):
     with (path / run.CSV).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def options(out, *more):
-    parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
-    return parser.parse_args(["--device", "cpu", "--quick", "--out", str(out), *more])
 
 
 # ---- rows --------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_the_least_share_of_the_copy_bandwidth_counts(share, verdict):
 
 def test_speed_is_judged_against_the_best_reference_launched_alike():
     rows = [
-        row("decode", "k8v4", 32768, 8, ms=1.0, eager_ms=1.5, launch="graph"),
+        row("decode", "k8v4", 32768, 8, ms=1.0, eager_ms=1.5, launch="graph", copy_share=0.9),
         row("decode", "flash", 32768, 8, ms=2.2, eager_ms=2.3, launch="graph"),
         row("decode", "cudnn", 32768, 8, ms=2.0, eager_ms=4.0, launch="graph"),
     ]
@@ -310,7 +310,9 @@ def test_speed_is_judged_against_the_best_reference_launched_alike():
 
 def test_prompts_are_judged_by_time_and_peak():
     rows = [
-        row("prompt", "k8v4", 8192, 1, ms=102, reference_ms=100, peak_bytes=5000, physical_bytes=900, exact_bytes=1600),
+        row(
+            "prompt", "k8v4", 8192, 1, ms=101.9, reference_ms=100, peak_bytes=5000, physical_bytes=900, exact_bytes=1600
+        ),
         row("prompt", "k8v4", 4096, 1, ms=150, reference_ms=100),
         row("prompt", "no cache", 8192, 1, ms=90, peak_bytes=4000),
     ]

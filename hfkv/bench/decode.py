@@ -41,8 +41,8 @@ REFERENCES = (*GPU_REFERENCES, *CPU_REFERENCES)
 
 def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
     """Every length, batch, shape and cache, those that the goals ask for first."""
-    points = [(tokens, batch) for tokens in sizes.decode_tokens for batch in sizes.decode_batches]
-    points.sort(key=lambda point: point not in sizes.decode_first)  # stable
+    every = [(tokens, batch) for tokens in sizes.decode_tokens for batch in sizes.decode_batches]
+    points = list(dict.fromkeys([*sizes.decode_first, *every]))
     references = GPU_REFERENCES if device.type == "cuda" else CPU_REFERENCES
     found = []
     for tokens, batch in points:

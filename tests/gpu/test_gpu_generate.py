@@ -13,7 +13,7 @@ from hfkv import LeanKVCache, LeanKVConfig
 
 NEW = 100
 LOGITS_BOUND = {"k8v4": 0.15, "balanced": 0.6}
-"""Relative RMS error of the logits of 100 forced tokens in float32 on the small random Llama, whose attention is sharp."""
+"""Relative RMS error of the logits of 100 forced tokens in float32, on a small random Llama of sharp attention."""
 
 
 def generated(cache, attention: str, ids: torch.Tensor, mask: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
