@@ -117,8 +117,8 @@ def dequantised(cache: LeanKVCache, row: int) -> tuple[Tensor, Tensor]:
     return torch.cat(keys), torch.cat(values)
 
 
-def random_llama(dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
-    """A small Llama whose attention is sharp enough for greedy tokens to depend on far ones."""
+def random_llama(dtype: torch.dtype, attention: str, spread: float = 0.1) -> LlamaForCausalLM:
+    """A small Llama whose weights have this standard deviation: at 0.1 attention is so sharp that greedy tokens vary."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -128,7 +128,7 @@ def random_llama(dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=1 << 15,
-        initializer_range=0.1,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,

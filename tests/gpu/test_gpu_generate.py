@@ -12,8 +12,9 @@ import hfkv
 from hfkv import LeanKVCache, LeanKVConfig
 
 NEW = 100
-LOGITS_BOUND = {"k8v4": 0.15, "balanced": 0.6}
-"""Relative RMS error of the logits of 100 forced tokens in float32, on a small random Llama of sharp attention."""
+SPREAD = 0.05
+LOGITS_BOUND = {"k8v4": 0.12, "balanced": 0.4}
+"""Relative RMS error of the logits of 100 forced tokens in float32, on a random Llama: half as much again as on the CPU."""
 
 
 def generated(cache, attention: str, ids: torch.Tensor, mask: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
@@ -26,7 +27,7 @@ def generated(cache, attention: str, ids: torch.Tensor, mask: torch.Tensor, dtyp
 
 def forced_logits(cache, attention: str, dtype: torch.dtype) -> torch.Tensor:
     """Logits [100, vocab] of tokens that are given one by one behind a prompt."""
-    model, rows = random_llama(dtype, attention), []
+    model, rows = random_llama(dtype, attention, SPREAD), []
     with torch.no_grad():
         model(input_ids=random_ids(1, 900), past_key_values=cache, logits_to_keep=1)
         for token in random_ids(1, NEW, seed=1).split(1, 1):
@@ -48,11 +49,11 @@ def test_exact_equals_dynamic_cache_in_float32():
 
 @on_device
 def test_exact_logits_in_half_precision():
-    """Within 1 % relative RMS of DynamicCache's, as bf16 and fp16 round differently in another order."""
+    """As near to DynamicCache's as rounding in another order allows: twice what the CPU shows."""
     for dtype in (torch.float16, torch.bfloat16):
         want = forced_logits(DynamicCache(), "sdpa", dtype)
         got = forced_logits(LeanKVCache(LeanKVConfig.preset("exact")), "leankv", dtype)
-        assert relative_rms(got, want) < (0.005 if dtype == torch.float16 else 0.03), relative_rms(got, want)
+        assert relative_rms(got, want) < (0.003 if dtype == torch.float16 else 0.02), relative_rms(got, want)
 
 
 @on_device
