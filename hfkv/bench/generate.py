@@ -92,19 +92,26 @@ def _run(session: Session, cell: Cell, cache: Cache, batch: int, seen: int, new:
 
 
 def _largest(session: Session, cell: Cell) -> dict[str, Any]:
-    """Try batches downwards from what a small batch's bytes promise, until one runs."""
+    """Try batches downwards from what a small batch's bytes promise, until one runs.
+
+    Raises:
+        TimeoutError: the budget ends before one is found.
+    """
     room, per_sequence = _room(session, cell)
+    limit = session.sizes.room_bytes
     batch = max(1, int(FIRST_GUESS * room / per_sequence))
-    if session.sizes.room_bytes is not None:
-        batch = max(1, int(room / per_sequence))
-        return {**_generate(session, cell, batch), "note": f"caches may take {room / 2**20:.0f} MiB"}
     for _ in range(GUESSES):
+        if session.seconds_left <= 0:
+            raise TimeoutError(f"the budget is used up before a batch was found; {batch} is the next to try")
         try:
-            return _generate(session, cell, batch)
+            row = _generate(session, cell, batch)
         except torch.OutOfMemoryError:
-            pass
+            row = None
+        if row is not None and (limit is None or row["physical_bytes"] <= limit or batch == 1):
+            return row | ({} if limit is None else {"note": f"caches may take {limit / 2**20:.0f} MiB"})
         free_memory(session.device)
-        batch = max(1, int(batch * NEXT_GUESS))
+        taken = 1.0 if row is None or limit is None else limit / row["physical_bytes"]
+        batch = max(1, int(batch * min(NEXT_GUESS, taken)))
     raise torch.OutOfMemoryError(f"no batch down to {batch} fits")
 
 

@@ -144,7 +144,7 @@ def sizes_for(device: torch.device, quick: bool) -> Sizes:
         single_tokens=(256,),
         largest_tokens=256,
         new_tokens=34,
-        room_bytes=600 << 10,
+        room_bytes=1 << 20,
         long_tokens=80,
         long_every=40,
         long_prompt=128,

@@ -118,7 +118,7 @@ def dequantised(cache: LeanKVCache, row: int) -> tuple[Tensor, Tensor]:
 
 
 def random_llama(dtype: torch.dtype, attention: str, spread: float = 0.1) -> LlamaForCausalLM:
-    """A small Llama whose weights have this standard deviation: at 0.1 attention is so sharp that greedy tokens vary."""
+    """A small Llama with weights of this standard deviation: at 0.1 its greedy tokens vary."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
