@@ -361,15 +361,10 @@ def test_tables_say_what_is_missing():
 # ---- the GPU tests' own runner -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "environment, wanted, said",
-    [
-        ({"CUDA_VISIBLE_DEVICES": ""}, "test_gpu_steps", "0 passed, 5 skipped, 0 failed"),
-        ({"HFKV_TEST_DEVICE": "cpu"}, "exact_steps", "1 passed, 0 skipped, 0 failed"),
-    ],
-)
-def test_the_gpu_tests_run_without_pytest(environment, wanted, said):
-    command = [sys.executable, "tests/gpu", wanted]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+def test_the_gpu_tests_run_without_pytest():
+    """On the CPU at small sizes; what asks CUDA itself is skipped."""
+    command = [sys.executable, "tests/gpu", "exact_steps", "test_gpu_steps"]
+    environment = {**os.environ, "HFKV_TEST_DEVICE": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == said
+    assert done.stdout.splitlines()[-1] == "1 passed, 5 skipped, 0 failed"
