@@ -115,10 +115,8 @@ def _prompt(pyplot: Any, rows: list[Row]) -> Any:
         peaks = [(int(r["tokens"]), p / 2**20) for r in _by_tokens(rows, name) if (p := number(r, "peak_bytes"))]
         _line(right, peaks, name)
     right.set_ylabel("peak MiB above the weights")
-    right.set_yscale("log")
+    right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter("{x:.0f}")
-    right.yaxis.set_minor_formatter("{x:.0f}")
-    right.tick_params(axis="y", which="both", labelsize=7)
     for axis in (left, right):
         _tokens_axis(axis, lengths)
         axis.set_xlabel("tokens of the prompt")
