@@ -9,7 +9,14 @@ TRITON ?= triton==3.6.0 "numpy<2.4"
 NEWEST ?= transformers==5.23.0
 OLDEST ?= transformers==5.15.0
 
+# `make gpu` runs on what a machine with a GPU has: torch, triton and transformers of $(PYTHON), nothing installed.
+OUT ?= gpu-results
+GPU_PARTS = decode prompt flush generate long
+GPU_SECONDS ?= 480
+GPU_BENCH ?=
+
 .PHONY: demo test test-oldest lint bench-accuracy bench-decode bench-memory clean
+.PHONY: gpu gpu-tests gpu-tests-torch $(GPU_PARTS:%=gpu-bench-%)
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +58,20 @@ bench-decode: $(VENV)/model
 
 bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py
+
+# Each of these ends within 9 minutes, keeps what it has, and goes on from there when it is called again.
+gpu:
+	$(MAKE) -k gpu-tests gpu-tests-torch $(GPU_PARTS:%=gpu-bench-%)
+
+gpu-tests:
+	HFKV_TEST_SECONDS=$(GPU_SECONDS) $(PYTHON) -u tests/gpu $(GPU_TESTS)
+
+# The same numbers from the plain-torch twins: tells a wrong kernel from a wrong cache.
+gpu-tests-torch:
+	HFKV_BACKEND=torch HFKV_TEST_SECONDS=$(GPU_SECONDS) $(PYTHON) -u tests/gpu test_gpu_attention
+
+$(GPU_PARTS:%=gpu-bench-%): gpu-bench-%:
+	$(PYTHON) -u -m hfkv bench --part $* --device cuda --out $(OUT) --budget-seconds $(GPU_SECONDS) $(GPU_BENCH)
 
 clean:
 	rm -rf $(VENV)

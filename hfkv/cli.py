@@ -1,4 +1,4 @@
-"""The command line: `python -m hfkv demo`."""
+"""The command line: `python -m hfkv demo`, `python -m hfkv bench`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", default="demo-output", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hfkv.bench.run import add_arguments
+
+    bench = commands.add_parser("bench", help="times and bytes on this device beside the exact caches, with the goals")
+    bench.set_defaults(command=_bench)
+    add_arguments(bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from hfkv.bench import run
+
+    try:
+        return run.run(args)
+    except ValueError as error:
+        print(f"hfkv bench: {error}", file=sys.stderr)
+        return 2
 
 
 def _demo(args: argparse.Namespace) -> int:
