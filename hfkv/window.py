@@ -125,20 +125,20 @@ class KeptQueries:
 
     def add(self, q: Tensor, seen: int) -> None:
         """Take every few of q [batch, q_heads, new, D], the newest of `seen` logical tokens."""
-        new = q.shape[2]
-        picked = [i for i in range(new) if (self.stands_for + i) % self.every == 0][: self.most - len(self.positions)]
+        new, held = q.shape[2], len(self.positions)
+        picked = range(-self.stands_for % self.every, new, self.every)[: self.most - held]
         self.stands_for += new
         if picked:
             if self.q is None:
                 self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
-            self.q[:, :, len(self.positions) : len(self.positions) + len(picked)] = q[:, :, picked]
+            self.q[:, :, held : held + len(picked)] = q[:, :, picked.start : picked[-1] + 1 : self.every]
             self.positions = [*self.positions, *(seen - new + i for i in picked)]
 
     def add_tail(self, q: Tensor, seen: int) -> None:
         """Take the last queries of a long chunk instead of all that were kept."""
-        picked = list(range(q.shape[2] - 1, -1, -self.every))[: self.most][::-1]
+        picked = range(q.shape[2] - 1, -1, -self.every)[: self.most][::-1]
         self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
-        self.q[:, :, : len(picked)] = q[:, :, picked]
+        self.q[:, :, : len(picked)] = q[:, :, picked.start :: self.every]
         self.positions = [seen - q.shape[2] + i for i in picked]
         self.stands_for = min(q.shape[2], self.flush)
 
