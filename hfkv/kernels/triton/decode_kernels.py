@@ -1,0 +1,634 @@
+"""Decode attention on packed pages and the exact window: the kernels. `decode_attention` launches them.
+
+Every program takes its share of the work items (see `hfkv.kernels.triton.work`); an item is some pages of one row in one
+tier, or some of its window. A program's warps take a page each, all at once, as one batched product: no warp waits for
+another before the item's end. Logits are in units of log2. Per page, with byte codes,
+
+    s = ks (A (q . code) - kz S) + c        acc += code (p vs)        z += p vs vz
+
+where A is the scale of the int8 query, S its sum and c its product with the mean key; the item's result is acc - z. The
+query is two int8 (or model dtype) numbers per entry, high and low, as rows of one 16-row operand.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hfkv.kernels.triton.pages import (
+    DENORMAL,
+    SCALE_UNIT,
+    byte_above_128,
+    byte_float,
+    byte_pointers,
+    byte_twelfth,
+    codes_float,
+    codes_int8,
+    denormal,
+    denormal_quarters,
+    load_key_tops,
+    load_keys,
+    load_meta,
+    load_value_tops,
+    load_values,
+    page_addresses,
+    product_order,
+    to_product_order,
+    to_token_order,
+)
+
+NOWHERE = tl.constexpr(-1e30)
+"""Maximum of no logits; finite, so that differences stay numbers."""
+
+WINDOW_STEP = tl.constexpr(16)
+"""Tokens of the window that a warp takes at once; 32 would spill."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+ITEM_FIELDS = tl.constexpr(4)
+"""Of a work item: row, tier (the window is the last), first page or window step, how many."""
+
+INT8_TOP = tl.constexpr(127.0 * 256)
+
+
+# ---- before: the query as the pages' operands --------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare_queries(
+    q_ptr,
+    rotation_ptr,
+    mean_ptr,
+    whole_ptr,
+    split_ptr,
+    terms_ptr,
+    scale,
+    heads,
+    queries,
+    columns,
+    tiles,
+    stride_batch,
+    stride_head,
+    stride_query,
+    NH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    CODED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Scale, rotate and split the queries of a tile.
+
+    Writes per tile: `whole` int8 [2 NH, WIDE] where CODED, `split` in the model's dtype [2 NH, WIDE] (float32 [NH, WIDE]
+    where FULL) where SPLIT, `terms` float32 [3, NH]: A, S, c.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    row, tile = unit // tiles, unit % tiles
+    n = tile * NH + tl.arange(0, NH)
+    o = tl.arange(0, WIDE)
+    start = (row // heads) * stride_batch + (row % heads) * (columns // queries) * stride_head
+    start += (n // queries) * stride_head + (n % queries) * stride_query
+    real = (n < columns)[:, None]
+    if rotation_ptr is not None:
+        x = tl.zeros([NH, WIDE], tl.float32)
+        for first in range(0, D, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            part = tl.load(q_ptr + start[:, None] + d[None, :], mask=real & (d < D)[None, :], other=0.0)
+            turn = tl.load(rotation_ptr + d[:, None] * D + o[None, :], mask=(d < D)[:, None] & (o < D)[None, :], other=0.0)
+            x = tl.dot(part.to(tl.float32), turn, x, input_precision="ieee")
+    else:
+        x = tl.load(q_ptr + start[:, None] + o[None, :], mask=real & (o < D)[None, :], other=0.0).to(tl.float32)
+    x *= scale
+    added = tl.zeros([NH], tl.float32)
+    if mean_ptr is not None:
+        mean = tl.load(mean_ptr + row * D + o, mask=o < D, other=0.0)
+        added = tl.sum(x * mean[None, :], 1)
+    i = tl.arange(0, NH)
+    unsplit = tl.full([NH], 1.0, tl.float32)
+    total = tl.sum(x, 1)
+    if SPLIT:
+        if FULL:
+            tl.store(split_ptr + unit * NH * WIDE + i[:, None] * WIDE + o[None, :], x)
+        else:
+            high = x.to(split_ptr.dtype.element_ty)
+            low = (x - high.to(tl.float32)).to(split_ptr.dtype.element_ty)
+            at = split_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
+            tl.store(at, high)
+            tl.store(at + NH * WIDE, low)
+    if CODED:
+        if not FULL:
+            top = tl.maximum(tl.max(tl.abs(x), 1), 1e-20)
+            code = tl.floor(x * (INT8_TOP / top)[:, None] + 0.5).to(tl.int32)
+            high8 = (code + 128) >> 8
+            at8 = whole_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
+            tl.store(at8, high8.to(tl.int8))
+            tl.store(at8 + NH * WIDE, (code - (high8 << 8)).to(tl.int8))
+            unsplit = top / INT8_TOP
+            total = tl.sum(code, 1).to(tl.float32) * unsplit  # of what is multiplied, so that large zeros cancel
+    tl.store(terms_ptr + unit * 3 * NH + i, unsplit)
+    tl.store(terms_ptr + unit * 3 * NH + NH + i, total)
+    tl.store(terms_ptr + unit * 3 * NH + 2 * NH + i, added)
+
+
+# ---- the work items ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def decode_items(
+    q_ptr,
+    whole_ptr,
+    split_ptr,
+    terms_ptr,
+    ids_ptr,
+    lengths_ptr,
+    chunks_ptr,
+    items_ptr,
+    shares_ptr,
+    window_k_ptr,
+    window_v_ptr,
+    counts_ptr,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    softcap,
+    table_width,
+    heads,
+    queries,
+    columns,
+    tiles,
+    capacity,
+    stride_batch,
+    stride_head,
+    stride_query,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    NH: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
+    STAGES_LOW: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Partial attention of every item of this program's share.
+
+    Writes per item and tile: acc float32 [NH, DV], stats float32 [2, NH]: the reference that exponents were taken to,
+    and the sum of exponentials.
+    """
+    share, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    wide_tiles = tl.zeros([], tl.int64) + tiles
+    for item in range(tl.load(shares_ptr + share), tl.load(shares_ptr + share + 1)):
+        entry = items_ptr + item * ITEM_FIELDS
+        row, tier = tl.load(entry), tl.load(entry + 1)
+        first, count = tl.load(entry + 2), tl.load(entry + 3)
+        unit = wide_tiles * item + tile
+        query = row.to(tl.int64) * tiles + tile
+        acc, stats = acc_ptr + unit * NH * DV, stats_ptr + unit * 2 * NH
+        if count == 0:
+            tl.store(stats + tl.arange(0, NH), tl.full([NH], NOWHERE, tl.float32))
+            tl.store(stats + NH + tl.arange(0, NH), tl.zeros([NH], tl.float32))
+        elif tier == 0:
+            ids = ids_ptr + row.to(tl.int64) * table_width + first
+            _attend_pages(
+                whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE,
+                terms_ptr + query * 3 * NH, ids, tl.load(lengths_ptr + row * 2) - first * HIGH.tokens, count, chunks_ptr,
+                acc, stats, softcap, HIGH, 1, NH, DV, WIDE, CAPPED, FULL, STAGES, W,
+            )  # fmt: skip
+        else:
+            if LOW is not None and tier == 1:
+                ids = ids_ptr + (row.to(tl.int64) + 1) * table_width - 1 - first
+                _attend_pages(
+                    whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE,
+                    terms_ptr + query * 3 * NH, ids, tl.load(lengths_ptr + row * 2 + 1) - first * LOW.tokens, count,
+                    chunks_ptr, acc, stats, softcap, LOW, -1, NH, DV, WIDE, CAPPED, FULL, STAGES_LOW, W,
+                )  # fmt: skip
+            else:
+                batch = row // heads
+                plain = q_ptr + batch * stride_batch + (row % heads) * (columns // queries) * stride_head
+                line = row.to(tl.int64) * capacity
+                _attend_window(
+                    plain, window_k_ptr + line * D, window_v_ptr + line * DV, tl.load(counts_ptr + batch).to(tl.int32),
+                    first * WINDOW_STEP, count, tile * NH, queries, columns, stride_head, stride_query,
+                    acc, stats, scale, softcap, NH, D, DV, WIDE, WIDE_V, CAPPED, FULL, W,
+                )  # fmt: skip
+
+
+@triton.jit
+def _attend_pages(
+    whole_ptr,
+    split_ptr,
+    terms_ptr,
+    ids_ptr,
+    tokens_left,
+    pages,
+    chunks_ptr,
+    acc_ptr,
+    stats_ptr,
+    softcap,
+    PAGE: tl.constexpr,
+    SIGN: tl.constexpr,
+    NH: tl.constexpr,
+    DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Pages `ids_ptr[SIGN * i]` of one row; `tokens_left` is what the row holds from the first of them on."""
+    KEY: tl.constexpr = PAGE.key
+    VALUE: tl.constexpr = PAGE.value
+    P: tl.constexpr = PAGE.tokens
+    PRODUCT: tl.constexpr = (VALUE.kind != 0) and not FULL  # 8-bit values: columns in product order
+    dtype: tl.constexpr = split_ptr.dtype.element_ty
+    warp = tl.arange(0, W)
+    if PRODUCT:
+        order = product_order(P)
+    else:
+        order = tl.arange(0, P)
+    if KEY.kind == 0 or FULL:
+        query_ptr = split_ptr
+    else:
+        query_ptr = whole_ptr
+    q0 = _query_slice(query_ptr, 0, KEY, NH, WIDE, FULL, W)
+    q1, q2, q3 = q0, q0, q0
+    if KEY.slices >= 2:
+        q1 = _query_slice(query_ptr, 1, KEY, NH, WIDE, FULL, W)
+    if KEY.slices == 4:
+        q2 = _query_slice(query_ptr, 2, KEY, NH, WIDE, FULL, W)
+        q3 = _query_slice(query_ptr, 3, KEY, NH, WIDE, FULL, W)
+    i_n = tl.arange(0, NH)
+    gain = tl.load(terms_ptr + i_n)[None, :, None]
+    total = tl.load(terms_ptr + NH + i_n)[None, :, None]
+    added = tl.load(terms_ptr + 2 * NH + i_n)[None, :, None]
+    if KEY.kind == 0:
+        gain = tl.full([1, NH, 1], 1.0, tl.float32)
+    elif KEY.kind != 3:
+        gain *= SCALE_UNIT
+        total *= SCALE_UNIT
+    m = tl.full([W, NH], NOWHERE, tl.float32)
+    l = tl.zeros([W, NH], tl.float32)  # noqa: E741
+    z = tl.zeros([W, NH], tl.float32)
+    a0 = tl.zeros([W, VALUE.block, NH], tl.float32)
+    a1, a2, a3 = a0, a0, a0
+    steps = (pages + W - 1) // W
+    address = page_addresses(chunks_ptr, tl.load(ids_ptr + SIGN * tl.minimum(warp, pages - 1)), PAGE)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        page = byte_pointers(address)
+        k = load_keys(page, order, PAGE, dtype)
+        v = load_values(page, PAGE, dtype)
+        k_top, v_top = k, v
+        if KEY.bits == 3:
+            k_top = load_key_tops(page, order, PAGE)
+        if VALUE.bits == 3:
+            v_top = load_value_tops(page, PAGE)
+        ks = _meta(page, KEY.scale, PAGE, KEY.kind, KEY.kind != 0, PRODUCT, W, P)
+        kz = _meta(page, KEY.zero, PAGE, KEY.kind, KEY.kind % 2 == 1, PRODUCT, W, P)
+        vs = _meta(page, VALUE.scale, PAGE, VALUE.kind, VALUE.kind != 0, PRODUCT, W, P)
+        vz = _meta(page, VALUE.zero, PAGE, VALUE.kind, VALUE.kind % 2 == 1, PRODUCT, W, P)
+        following = tl.load(ids_ptr + SIGN * tl.minimum((step + 1) * W + warp, pages - 1))
+        address = page_addresses(chunks_ptr, following, PAGE)
+
+        x = _key_product(q0, q1, q2, q3, k, k_top, KEY, NH, FULL, W, P)
+        s = _logits(x, ks, kz, gain, total, KEY) + added
+        if CAPPED:
+            s = _cap(s, softcap)
+        if step == steps - 1:  # the only one with free slots, or with fewer pages than warps
+            left = tokens_left - (step * W + warp) * P
+            left = tl.where(step * W + warp < pages, left, 0)
+            s = tl.where(order[None, None, :] < left[:, None, None], s, float("-inf"))
+
+        m_new = tl.maximum(m, tl.max(s, 2))
+        alpha = tl.exp2(m - m_new)
+        t = s - (m_new + _reference(VALUE))[:, :, None]
+        p = tl.exp2(t)
+        l = l * alpha + tl.sum(p, 2)  # noqa: E741
+        if VALUE.kind == 1:
+            pv = tl.exp2(t + byte_twelfth(vs)[:, None, :])
+            z = z * alpha + tl.sum(pv * byte_float(vz)[:, None, :], 2)
+        elif VALUE.kind == 2:
+            pv = tl.exp2(t + byte_twelfth(vs)[:, None, :])
+            z = z * alpha + tl.sum(pv, 2)
+        elif VALUE.kind == 3:
+            pv = p * vs.to(tl.float32)[:, None, :]
+            z = z * alpha - tl.sum(p * vz.to(tl.float32)[:, None, :], 2)
+        else:
+            pv = p
+        m = m_new
+        if not FULL:
+            pv = pv.to(dtype if VALUE.kind == 0 else tl.float16)
+        if PRODUCT:
+            pv = to_token_order(pv, W, NH, P)
+        a0, a1, a2, a3 = _weigh(tl.permute(pv, (0, 2, 1)), alpha[:, None, :], v, v_top, a0, a1, a2, a3, VALUE, FULL)
+
+    if VALUE.kind == 2:
+        z *= VALUE.center
+    if VALUE.kind == 1 or VALUE.kind == 2:
+        unit: tl.constexpr = SCALE_UNIT
+    else:
+        unit: tl.constexpr = 1.0
+    top = tl.max(m, 0)
+    f = tl.exp2(m - top[None, :])
+    zero = (tl.sum(z * f, 0) * unit)[None, :]
+    _store_slice(acc_ptr, a0, f, zero, unit, 0, VALUE, NH, DV, FULL)
+    if VALUE.slices >= 2:
+        _store_slice(acc_ptr, a1, f, zero, unit, 1, VALUE, NH, DV, FULL)
+    if VALUE.slices == 4:
+        _store_slice(acc_ptr, a2, f, zero, unit, 2, VALUE, NH, DV, FULL)
+        _store_slice(acc_ptr, a3, f, zero, unit, 3, VALUE, NH, DV, FULL)
+    tl.store(stats_ptr + i_n, top + _reference(VALUE))
+    tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
+
+
+@triton.jit
+def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """The rows of a tile's query for one slice of the key codes, [W, rows, block], the same for every warp."""
+    ROWS: tl.constexpr = NH if FULL else 2 * NH
+    o = tl.arange(0, KEY.block)[None, :]
+    at = ptr + tl.arange(0, ROWS)[:, None] * WIDE + SLICE * KEY.width + o
+    if KEY.block == KEY.width:
+        q = tl.load(at)
+    else:
+        q = tl.load(at, mask=o < KEY.width, other=0)
+    return tl.broadcast_to(q[None], (W, ROWS, KEY.block))
+
+
+@triton.jit
+def _meta(page, START: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """One number per token [W, P] in the order of the columns; 0 where the layout has none."""
+    if HELD:
+        x = load_meta(page, START, PAGE, KIND)
+        if PRODUCT:
+            x = to_product_order(x, W, P)
+        return x
+    else:
+        return 0
+
+
+@triton.jit
+def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """q . stored codes, float32 [W, NH, P], in units of the query's own scale."""
+    if FULL:
+        x = tl.dot(q0, tl.permute(codes_float(k, top, KEY, 0), (0, 2, 1)), input_precision="ieee")
+        if KEY.slices >= 2:
+            x = tl.dot(q1, tl.permute(codes_float(k, top, KEY, 1), (0, 2, 1)), x, input_precision="ieee")
+        if KEY.slices == 4:
+            x = tl.dot(q2, tl.permute(codes_float(k, top, KEY, 2), (0, 2, 1)), x, input_precision="ieee")
+            x = tl.dot(q3, tl.permute(codes_float(k, top, KEY, 3), (0, 2, 1)), x, input_precision="ieee")
+        return x
+    elif KEY.kind == 0:
+        high, low = _halves(tl.dot(q0, tl.permute(k, (0, 2, 1))), NH, W, P)
+        return high + low
+    else:
+        x = tl.dot(q0, tl.permute(codes_int8(k, top, KEY, 0), (0, 2, 1)), out_dtype=tl.int32)
+        if KEY.slices >= 2:
+            x = tl.dot(q1, tl.permute(codes_int8(k, top, KEY, 1), (0, 2, 1)), x, out_dtype=tl.int32)
+        if KEY.slices == 4:
+            x = tl.dot(q2, tl.permute(codes_int8(k, top, KEY, 2), (0, 2, 1)), x, out_dtype=tl.int32)
+            x = tl.dot(q3, tl.permute(codes_int8(k, top, KEY, 3), (0, 2, 1)), x, out_dtype=tl.int32)
+        high, low = _halves(x, NH, W, P)
+        return (high * 256 + low).to(tl.float32)
+
+
+@triton.jit
+def _halves(x, NH: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """[W, 2 NH, P] -> its first and its second NH rows, which a lane holds both."""
+    return tl.split(tl.permute(tl.reshape(x, (W, 2, NH, P)), (0, 2, 3, 1)))
+
+
+@triton.jit
+def _logits(x, ks, kz, gain, total, KEY: tl.constexpr):
+    """Products with stored codes -> logits, but for the constant of a query."""
+    if KEY.kind == 0:
+        return x
+    elif KEY.kind == 1:
+        if KEY.bits <= 4:  # 128 + zero comes for less
+            y = x * gain + 128.0 * total - byte_above_128(kz)[:, None, :] * total
+        elif KEY.signed:
+            y = x * gain + 128.0 * total - byte_float(kz)[:, None, :] * total
+        else:
+            y = x * gain - byte_float(kz)[:, None, :] * total
+        return y * tl.exp2(byte_twelfth(ks))[:, None, :]
+    elif KEY.kind == 2:
+        return (x * gain - KEY.center * total) * tl.exp2(byte_twelfth(ks))[:, None, :]
+    else:
+        scale = ks.to(tl.float32)
+        zero = kz.to(tl.float32)
+        if KEY.signed:
+            zero += 128.0 * scale
+        return x * gain * scale[:, None, :] + total * zero[:, None, :]
+
+
+@triton.jit
+def _cap(s, softcap):
+    """softcap * tanh(s / softcap)."""
+    return softcap - (2.0 * softcap) / (tl.exp2(s * (2.0 * LOG2E / softcap)) + 1.0)
+
+
+@triton.jit
+def _reference(VALUE: tl.constexpr):
+    """What exponents are taken to, above the maximum: probabilities times scales fill the range of fp16."""
+    if VALUE.kind == 0:
+        return -8.0
+    elif VALUE.kind == 3:
+        return 0.0
+    else:
+        return 5.5  # 2^(255 / 12 - 5.5) = 56k
+
+
+@triton.jit
+def _weigh(p, alpha, v, top, a0, a1, a2, a3, VALUE: tl.constexpr, FULL: tl.constexpr):
+    """Accumulators [W, block, NH], one per slice of the value codes, plus codes times p [W, P, NH]."""
+    if FULL:
+        a0 = tl.dot(codes_float(v, top, VALUE, 0), p, a0 * alpha, input_precision="ieee")
+        if VALUE.slices >= 2:
+            a1 = tl.dot(codes_float(v, top, VALUE, 1), p, a1 * alpha, input_precision="ieee")
+        if VALUE.slices == 4:
+            a2 = tl.dot(codes_float(v, top, VALUE, 2), p, a2 * alpha, input_precision="ieee")
+            a3 = tl.dot(codes_float(v, top, VALUE, 3), p, a3 * alpha, input_precision="ieee")
+    elif VALUE.kind == 0:
+        a0 = tl.dot(v, p, a0 * alpha)
+    elif VALUE.bits == 8:
+        a0 = tl.dot(denormal(v, 0, 255), p, a0 * alpha)
+    elif VALUE.bits == 4:
+        a0 = tl.dot(denormal(v, 0, 15), p, a0 * alpha)
+        a1 = tl.dot(denormal(v, 4, 15), p, a1 * alpha)
+    else:
+        if VALUE.bits == 2:
+            v0, v1, v2, v3 = denormal_quarters(v)
+        else:
+            v0 = denormal(codes_int8(v, top, VALUE, 0).to(tl.uint8, bitcast=True), 0, 255)
+            v1 = denormal(codes_int8(v, top, VALUE, 1).to(tl.uint8, bitcast=True), 0, 255)
+            v2 = denormal(codes_int8(v, top, VALUE, 2).to(tl.uint8, bitcast=True), 0, 255)
+            v3 = denormal(codes_int8(v, top, VALUE, 3).to(tl.uint8, bitcast=True), 0, 255)
+        a0 = tl.dot(v0, p, a0 * alpha)
+        a1 = tl.dot(v1, p, a1 * alpha)
+        a2 = tl.dot(v2, p, a2 * alpha)
+        a3 = tl.dot(v3, p, a3 * alpha)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _store_slice(acc_ptr, a, f, zero, unit: tl.constexpr, SLICE: tl.constexpr, VALUE: tl.constexpr, NH: tl.constexpr, DV: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+    """Merge one slice over the warps and write it: acc [NH, DV]."""
+    if VALUE.kind == 0 or FULL:
+        factor: tl.constexpr = unit
+    elif VALUE.bits == 3:
+        factor: tl.constexpr = unit * DENORMAL
+    else:
+        factor: tl.constexpr = unit * DENORMAL / (1 << (SLICE * VALUE.bits))
+    o = tl.arange(0, VALUE.block)[:, None]
+    i_n = tl.arange(0, NH)[None, :]
+    out = tl.sum(a * (f * factor)[:, None, :], 0) - zero
+    at = acc_ptr + i_n * DV + SLICE * VALUE.width + o
+    tl.store(at, out, mask=(o < VALUE.width) & (SLICE * VALUE.width + o < DV) & (i_n >= 0))
+
+
+@triton.jit
+def _attend_window(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    count,
+    first,
+    steps,
+    first_column,
+    queries,
+    columns,
+    stride_head,
+    stride_query,
+    acc_ptr,
+    stats_ptr,
+    scale,
+    softcap,
+    NH: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FULL: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Window tokens [first, first + steps WINDOW_STEP) of one row, which holds `count`; the newest `queries` ask."""
+    P: tl.constexpr = WINDOW_STEP
+    warp = tl.arange(0, W)[:, None]
+    o, o_v, i_n = tl.arange(0, WIDE), tl.arange(0, WIDE_V), tl.arange(0, NH)
+    ROWS: tl.constexpr = NH if FULL else 2 * NH
+    i_m = tl.arange(0, ROWS)
+    n = first_column + i_m
+    at = q_ptr + (n // queries)[:, None] * stride_head + (n % queries)[:, None] * stride_query + o[None, :]
+    q = tl.load(at, mask=(i_m < NH)[:, None] & (n < columns)[:, None] & (o < D)[None, :], other=0.0)
+    q = tl.broadcast_to(q[None], (W, ROWS, WIDE))
+    seen = count - queries + (first_column + i_n) % queries + 1  # [NH] tokens that a query may look at
+    stop = tl.minimum(first + steps * P, count)
+    m = tl.full([W, NH], NOWHERE, tl.float32)
+    l = tl.zeros([W, NH], tl.float32)  # noqa: E741
+    a = tl.zeros([W, WIDE_V, NH], tl.float32)
+    for start in tl.range(first, stop, W * P, num_stages=2):
+        token = start + warp * P + tl.arange(0, P)[None, :]
+        held = (token < stop)[:, :, None]
+        k = tl.load(k_ptr + token[:, :, None] * D + o[None, None, :], mask=held & (o < D)[None, None, :], other=0.0)
+        v = tl.load(v_ptr + token[:, :, None] * DV + o_v[None, None, :], mask=held & (o_v < DV)[None, None, :], other=0.0)
+        if FULL:
+            s = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
+        else:
+            s, unused = _halves(tl.dot(q, tl.permute(k, (0, 2, 1))), NH, W, P)
+        s *= scale
+        if CAPPED:
+            s = _cap(s, softcap)
+        visible = (token < stop)[:, None, :] & (token[:, None, :] < seen[None, :, None])
+        s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 2))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(s - (m_new - 8.0)[:, :, None])
+        l = l * alpha + tl.sum(p, 2)  # noqa: E741
+        m = m_new
+        weights = tl.permute(p.to(v.dtype), (0, 2, 1))
+        values = tl.permute(v, (0, 2, 1))
+        if FULL:
+            a = tl.dot(values, weights, a * alpha[:, None, :], input_precision="ieee")
+        else:
+            a = tl.dot(values, weights, a * alpha[:, None, :])
+    top = tl.max(m, 0)
+    f = tl.exp2(m - top[None, :])
+    out = tl.sum(a * f[:, None, :], 0)
+    tl.store(acc_ptr + i_n[None, :] * DV + o_v[:, None], out, mask=(o_v < DV)[:, None] & (i_n >= 0)[None, :])
+    tl.store(stats_ptr + i_n, top - 8.0)
+    tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
+
+
+# ---- after: the items of a row, un-rotated -------------------------------------------------------------------------------
+
+
+@triton.jit
+def combine_items(
+    acc_ptr,
+    stats_ptr,
+    items_ptr,
+    offsets_ptr,
+    rotation_ptr,
+    sinks_ptr,
+    out_ptr,
+    window,
+    heads,
+    queries,
+    columns,
+    tiles,
+    NH: tl.constexpr,
+    DV: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One query of one row: merge its items by log-sum-exp, un-rotate what came from pages, once."""
+    row, n = tl.program_id(0), tl.program_id(1)
+    tile, column = n // NH, n % NH
+    begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+    o, i_s = tl.arange(0, WIDE_V), tl.arange(0, STEP)
+    top = tl.full([], NOWHERE, tl.float32)
+    l = tl.full([], 0.0, tl.float32)  # noqa: E741
+    if sinks_ptr is not None:
+        groups = columns // queries
+        top = tl.load(sinks_ptr + (row % heads) * groups + n // queries).to(tl.float32) * LOG2E
+        l += 1.0  # noqa: E741
+    packed = tl.zeros([WIDE_V], tl.float32)
+    plain = tl.zeros([WIDE_V], tl.float32)
+    for start in range(begin, end, STEP):
+        item = start + i_s
+        unit = item.to(tl.int64) * tiles + tile
+        held = item < end
+        reference = tl.load(stats_ptr + unit * 2 * NH + column, mask=held, other=NOWHERE)
+        mass = tl.load(stats_ptr + unit * 2 * NH + NH + column, mask=held, other=0.0)
+        tier = tl.load(items_ptr + item * ITEM_FIELDS + 1, mask=held, other=0)
+        used = mass > 0
+        acc = tl.load(
+            acc_ptr + (unit * NH + column)[:, None] * DV + o[None, :], mask=used[:, None] & (o < DV)[None, :], other=0.0
+        )
+        higher = tl.maximum(top, tl.max(tl.where(used, reference, NOWHERE), 0))
+        alpha = tl.exp2(top - higher)
+        f = tl.where(used, tl.exp2(reference - higher), 0.0)
+        l = l * alpha + tl.sum(f * mass, 0)  # noqa: E741
+        exact = tier == window
+        packed = packed * alpha + tl.sum(acc * tl.where(exact, 0.0, f)[:, None], 0)
+        plain = plain * alpha + tl.sum(acc * tl.where(exact, f, 0.0)[:, None], 0)
+        top = higher
+    norm = 1.0 / l
+    at = out_ptr + (row.to(tl.int64) * columns + n) * DV
+    if rotation_ptr is None:
+        tl.store(at + o, ((packed + plain) * norm).to(out_ptr.dtype.element_ty), mask=o < DV)
+    else:
+        first = tl.arange(0, BLOCK)
+        shared = tl.reshape(plain, (WIDE_V // BLOCK, BLOCK))
+        i_b = tl.arange(0, WIDE_V // BLOCK)[:, None]
+        for b in tl.static_range(WIDE_V // BLOCK):
+            d = b * BLOCK + first
+            turn = tl.load(
+                rotation_ptr + d[:, None] * DV + o[None, :], mask=(d < DV)[:, None] & (o < DV)[None, :], other=0.0
+            )
+            own = tl.sum(tl.where(i_b == b, shared, 0.0), 0)
+            y = (tl.sum(turn * packed[None, :], 1) + own) * norm
+            tl.store(at + d, y.to(out_ptr.dtype.element_ty), mask=d < DV)

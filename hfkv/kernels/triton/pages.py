@@ -1,0 +1,374 @@
+"""Pages as Triton kernels see them: where they lie, how their codes become operands of matrix products.
+
+Codes are the A or B operand of a product as they are: key codes as int8, value codes as fp16 whose low mantissa bits are
+the code, which is code * 2^-24 exactly. Inline assembly works on four codes of a register at once; the interpreter, and
+devices that are not NVIDIA's, take the same operations in plain Triton.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from hfkv.paging.pool import SLOT_BITS as POOL_SLOT_BITS
+from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
+
+SLOT_BITS = tl.constexpr(POOL_SLOT_BITS)
+SLOT_MASK = tl.constexpr((1 << POOL_SLOT_BITS) - 1)
+PLAIN = tl.constexpr(bool(knobs.runtime.interpret) or torch.version.hip is not None)
+"""No inline assembly."""
+
+EXACT, AFFINE, FITTED, MINMAX = 0, 1, 2, 3
+KINDS = {"exact": EXACT, "affine": AFFINE, "fitted": FITTED, "minmax": MINMAX}
+
+STEP = tl.constexpr(1 / SCALE_STEPS)
+SCALE_UNIT = tl.constexpr(2.0 ** -(SCALE_BIAS // SCALE_STEPS))
+"""A scale byte c is 2^(c STEP) SCALE_UNIT; the unit is left to whoever multiplies next."""
+
+MAGIC = tl.constexpr(float(1 << 23))
+DENORMAL = tl.constexpr(float(1 << 24))
+assert SCALE_BIAS % SCALE_STEPS == 0
+
+
+class Side(NamedTuple):
+    """The keys or the values of a page, all of it known when a kernel is compiled.
+
+    Attributes:
+        kind: EXACT, AFFINE, FITTED or MINMAX.
+        bits, dim: of the codec; 0 bits for the model's dtype.
+        rows: elements per token.
+        slices: features that lie in one byte; slice i holds the features [i * width, (i + 1) * width).
+        width: features of a slice.
+        block: `width` rounded up to what a matrix product takes.
+        signed: 8-bit codes are stored as code - 128.
+        center: zero of FITTED codes.
+        start, scale, zero: first byte of codes, scales and zeros in the page.
+    """
+
+    kind: int
+    bits: int
+    dim: int
+    rows: int
+    slices: int
+    width: int
+    block: int
+    signed: bool
+    center: float
+    start: int
+    scale: int
+    zero: int
+
+
+class Pages(NamedTuple):
+    """A page layout: `tokens` per page, bytes of a page, keys and values."""
+
+    tokens: int
+    bytes: int
+    key: Side
+    value: Side
+
+
+def pages_of(layout: PageLayout) -> Pages:
+    """A layout's constants.
+
+    Raises:
+        ValueError: pages of other than a power of two of at least 16 tokens.
+    """
+    tokens = layout.tokens
+    if tokens < 16 or tokens & (tokens - 1):
+        raise ValueError(f"pages of {tokens} tokens: the kernels need a power of two of at least 16, such as 32 or 64")
+    return Pages(tokens, layout.page_bytes, _side(layout, "key"), _side(layout, "value"))
+
+
+def _side(layout: PageLayout, name: str) -> Side:
+    codec: Codec = getattr(layout, name)
+    slices = {0: 1, 8: 1, 4: 2, 3: 4, 2: 4}[codec.bits]
+    width = codec.padded // slices
+    least = 32 if name == "key" and codec.bits else 16
+    fields = layout.fields
+    return Side(
+        kind=KINDS[codec.kind],
+        bits=codec.bits,
+        dim=codec.dim,
+        rows=codec.rows,
+        slices=slices,
+        width=width,
+        block=max(least, triton.next_power_of_2(width)),
+        signed=codec.signed,
+        center=codec.center,
+        start=fields[name][0],
+        scale=fields[f"{name}_scale"][0],
+        zero=fields[f"{name}_zero"][0],
+    )
+
+
+# ---- addresses -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def page_addresses(chunks_ptr, ids, PAGE: tl.constexpr):
+    """Byte addresses int64 of the pages `ids`, through the table of chunk addresses."""
+    chunk = tl.load(chunks_ptr + (ids >> SLOT_BITS))
+    return chunk + (ids & SLOT_MASK).to(tl.int64) * PAGE.bytes
+
+
+@triton.jit
+def byte_pointers(addresses):
+    """Addresses of pages as pointers; pages begin at multiples of 16."""
+    return tl.multiple_of(addresses.to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit
+def product_order(P: tl.constexpr):
+    """The token that each column of a product stands for, where its probabilities meet 8-bit codes in the next product.
+
+    Of every 16 tokens a lane then holds four neighbours: those whose value codes lie in one register, so that
+    probabilities need not cross lanes. Metadata come as four bytes at once.
+    """
+    n = tl.arange(0, P)
+    return (n // 16) * 16 + ((n // 2) % 4) * 4 + ((n // 8) % 2) * 2 + n % 2
+
+
+@triton.jit
+def to_product_order(x, W: tl.constexpr, P: tl.constexpr):
+    """[W, P] by token -> by column."""
+    return tl.reshape(tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 3, 2, 4)), (W, P))
+
+
+@triton.jit
+def to_token_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+    """[W, N, P] by column -> by token."""
+    return tl.reshape(tl.permute(tl.reshape(x, (W, N, P // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5)), (W, N, P))
+
+
+# ---- parts of pages: [W] pages at once -------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_keys(page, tokens, PAGE: tl.constexpr, dtype: tl.constexpr):
+    """Packed keys [W, tokens, block] of pages [W] in the given order of tokens; numbers of `dtype` if exact."""
+    KEY: tl.constexpr = PAGE.key
+    o = tl.arange(0, KEY.block)[None, None, :]
+    if KEY.kind == 0:
+        ptr = (page + KEY.start).to(tl.pointer_type(dtype))[:, None, None] + tokens[None, :, None] * KEY.rows + o
+    else:
+        ptr = page[:, None, None] + KEY.start + tokens[None, :, None] * KEY.rows + o
+    if KEY.block == KEY.width:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=o < KEY.width, other=0)
+
+
+@triton.jit
+def load_key_tops(page, tokens, PAGE: tl.constexpr):
+    """The third bits of 3-bit keys as [W, tokens, block]: bit 2 i belongs to slice i."""
+    KEY: tl.constexpr = PAGE.key
+    HALF: tl.constexpr = KEY.width // 2
+    o = tl.arange(0, KEY.block)[None, None, :]
+    ptr = page[:, None, None] + KEY.start + tokens[None, :, None] * KEY.rows + KEY.width + o % HALF
+    top = tl.load(ptr, mask=o < KEY.width, other=0)
+    return tl.where(o < HALF, top, top >> 1)
+
+
+@triton.jit
+def load_values(page, PAGE: tl.constexpr, dtype: tl.constexpr):
+    """Packed values [W, block, tokens] of pages [W]; numbers of `dtype` if exact."""
+    VALUE: tl.constexpr = PAGE.value
+    row = tl.arange(0, VALUE.block)[None, :, None]
+    token = tl.arange(0, PAGE.tokens)[None, None, :]
+    if VALUE.kind == 0:
+        ptr = (page + VALUE.start).to(tl.pointer_type(dtype))[:, None, None] + row * PAGE.tokens + token
+    else:
+        ptr = page[:, None, None] + VALUE.start + row * PAGE.tokens + token
+    if VALUE.block == VALUE.width:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=row < VALUE.width, other=0)
+
+
+@triton.jit
+def load_value_tops(page, PAGE: tl.constexpr):
+    """The third bits of 3-bit values as [W, block, tokens]: bit 2 i belongs to slice i."""
+    VALUE: tl.constexpr = PAGE.value
+    HALF: tl.constexpr = VALUE.width // 2
+    row = tl.arange(0, VALUE.block)[None, :, None]
+    token = tl.arange(0, PAGE.tokens)[None, None, :]
+    ptr = page[:, None, None] + VALUE.start + (VALUE.width + row % HALF) * PAGE.tokens + token
+    top = tl.load(ptr, mask=row < VALUE.width, other=0)
+    return tl.where(row < HALF, top, top >> 1)
+
+
+@triton.jit
+def load_meta(page, START: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr):
+    """One number per token [W, tokens]: bytes, or fp16 for MINMAX."""
+    token = tl.arange(0, PAGE.tokens)[None, :]
+    if KIND == 3:
+        return tl.load((page + START).to(tl.pointer_type(tl.float16))[:, None] + token)
+    else:
+        return tl.load(page[:, None] + START + token)
+
+
+# ---- bytes to numbers ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def byte_float(x):
+    """Bytes -> float32; four bytes of a register take four permutations and four additions."""
+    if PLAIN:
+        return x.to(tl.float32)
+    else:
+        return _magic(x) - MAGIC
+
+
+@triton.jit
+def byte_twelfth(x):
+    """Bytes -> c STEP, exactly rounded: the exponent of a scale, but for SCALE_UNIT."""
+    if PLAIN:
+        return x.to(tl.float32) * STEP
+    else:
+        return tl.fma(_magic(x), STEP, -MAGIC * STEP)
+
+
+@triton.jit
+def byte_above_128(x):
+    """Bytes below 128 -> 128 + byte as float32, by one permutation each."""
+    if PLAIN:
+        return x.to(tl.float32) + 128.0
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 m; mov.b32 m, 0x43000000;
+            prmt.b32 $0, $4, m, 0x7044; prmt.b32 $1, $4, m, 0x7144;
+            prmt.b32 $2, $4, m, 0x7244; prmt.b32 $3, $4, m, 0x7344; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def _magic(x):
+    """Bytes -> 2^23 + byte as float32."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 m; mov.b32 m, 0x4B000000;
+        prmt.b32 $0, $4, m, 0x7440; prmt.b32 $1, $4, m, 0x7441;
+        prmt.b32 $2, $4, m, 0x7442; prmt.b32 $3, $4, m, 0x7443; }""",
+        "=&r,=&r,=&r,=&r,r",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def field(x, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """(x >> SHIFT) & MASK of bytes, as int8."""
+    M4: tl.constexpr = MASK * 0x01010101
+    if PLAIN:
+        return ((x >> SHIFT) & MASK).to(tl.int8)
+    elif SHIFT == 0:
+        return tl.inline_asm_elementwise(
+            f"and.b32 $0, $1, {M4};", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {M4}; }}",
+            "=r,r",
+            [x],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def merged(x, top, SHIFT: tl.constexpr):
+    """3-bit codes of one slice as int8: two bits of x, one of `top`, both at SHIFT."""
+    if PLAIN:
+        return (((x >> SHIFT) & 3) | (((top >> SHIFT) & 1) << 2)).to(tl.int8)
+    else:
+        return tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 a, b; shr.u32 a, $1, {SHIFT}; and.b32 a, a, 0x03030303;
+            shr.u32 b, $2, {SHIFT}; and.b32 b, b, 0x01010101; shl.b32 b, b, 2; or.b32 $0, a, b; }}""",
+            "=r,r,r",
+            [x, top],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def denormal(x, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Fields of bytes as fp16: code * 2^(SHIFT - 24), exactly."""
+    M4: tl.constexpr = (MASK << SHIFT) * 0x01010101
+    if PLAIN:
+        return (x & (MASK << SHIFT)).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif MASK == 255:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
+            "=&r,=&r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; and.b32 t, $2, {M4}; prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }}",
+            "=&r,=&r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def denormal_quarters(x):
+    """The four 2-bit fields of bytes as fp16, field i as code * 2^(2 i - 24)."""
+    if PLAIN:
+        return denormal(x, 0, 3), denormal(x, 2, 3), denormal(x, 4, 3), denormal(x, 6, 3)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b; prmt.b32 a, $8, 0, 0x4140; prmt.b32 b, $8, 0, 0x4342;
+            and.b32 $0, a, 0x00030003; and.b32 $1, b, 0x00030003;
+            and.b32 $2, a, 0x000c000c; and.b32 $3, b, 0x000c000c;
+            and.b32 $4, a, 0x00300030; and.b32 $5, b, 0x00300030;
+            and.b32 $6, a, 0x00c000c0; and.b32 $7, b, 0x00c000c0; }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def codes_int8(x, top, SIDE: tl.constexpr, SLICE: tl.constexpr):
+    """Stored codes of one slice as int8."""
+    if SIDE.bits == 8:
+        return x.to(tl.int8, bitcast=True)
+    elif SIDE.bits == 3:
+        return merged(x, top, 2 * SLICE)
+    else:
+        return field(x, SLICE * SIDE.bits, (1 << SIDE.bits) - 1)
+
+
+@triton.jit
+def codes_float(x, top, SIDE: tl.constexpr, SLICE: tl.constexpr):
+    """Stored codes of one slice as float32, exact numbers as they are."""
+    if SIDE.kind == 0:
+        return x.to(tl.float32)
+    elif SIDE.bits == 8 and SIDE.signed:
+        return x.to(tl.int8, bitcast=True).to(tl.float32)
+    elif SIDE.bits == 8:
+        return x.to(tl.float32)
+    else:
+        return codes_int8(x, top, SIDE, SLICE).to(tl.float32)
