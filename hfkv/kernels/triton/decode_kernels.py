@@ -4,10 +4,11 @@ Every program takes its share of the work items (see `hfkv.kernels.triton.work`)
 tier, or some of its window. A program's warps take a page each, all at once, as one batched product: no warp waits for
 another before the item's end. Logits are in units of log2. Per page, with byte codes,
 
-    s = ks (A (q . code) - kz S) + c        acc += code (p vs)        z += p vs vz
+    s = A (ks (q . code - kz S) + c)        acc += code (p vs)        z += p vs vz
 
-where A is the scale of the int8 query, S its sum and c its product with the mean key; the item's result is acc - z. The
-query is two int8 (or model dtype) numbers per entry, high and low, as rows of one 16-row operand.
+where A is the scale of the int8 query, S its sum and c its product with the mean key; the item's result is acc - z.
+Scores stay in units of A until their exponent is taken. The query is two int8 (or model dtype) numbers per entry, high and
+low, as rows of one 16-row operand.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import triton.language as tl
 from hfkv.kernels.triton.pages import (
     DENORMAL,
     SCALE_UNIT,
-    byte_above_128,
-    byte_float,
+    byte_floats,
     byte_pointers,
-    byte_twelfth,
+    byte_twelfths,
+    bytes_above_128,
     codes_float,
     codes_int8,
     denormal,
@@ -31,7 +32,7 @@ from hfkv.kernels.triton.pages import (
     load_meta,
     load_value_tops,
     load_values,
-    page_addresses,
+    page_address,
     product_order,
     to_product_order,
     to_token_order,
@@ -80,7 +81,7 @@ def prepare_queries(
     """Scale, rotate and split the queries of a tile.
 
     Writes per tile: `whole` int8 [2 NH, WIDE] where CODED, `split` in the model's dtype [2 NH, WIDE] (float32 [NH, WIDE]
-    where FULL) where SPLIT, `terms` float32 [3, NH]: A, S, c.
+    where FULL) where SPLIT, `terms` float32 [3, NH]: A, S in units of A, c.
     """
     unit = tl.program_id(0).to(tl.int64)
     row, tile = unit // tiles, unit % tiles
@@ -118,13 +119,13 @@ def prepare_queries(
     if CODED:
         if not FULL:
             top = tl.maximum(tl.max(tl.abs(x), 1), 1e-20)
-            code = tl.floor(x * (INT8_TOP / top)[:, None] + 0.5).to(tl.int32)
+            code = tl.floor(x * (1.0 / top * INT8_TOP)[:, None] + 0.5).to(tl.int32)
             high8 = (code + 128) >> 8
             at8 = whole_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
             tl.store(at8, high8.to(tl.int8))
             tl.store(at8 + NH * WIDE, (code - (high8 << 8)).to(tl.int8))
             unsplit = top / INT8_TOP
-            total = tl.sum(code, 1).to(tl.float32) * unsplit  # of what is multiplied, so that large zeros cancel
+            total = tl.sum(code, 1).to(tl.float32)  # of what is multiplied, so that large zeros cancel
     tl.store(terms_ptr + unit * 3 * NH + i, unsplit)
     tl.store(terms_ptr + unit * 3 * NH + NH + i, total)
     tl.store(terms_ptr + unit * 3 * NH + 2 * NH + i, added)
@@ -217,7 +218,22 @@ def decode_items(
 
 
 @triton.jit
-def _attend_pages(
+def _attend_pages(whole_ptr, split_ptr, terms_ptr, ids_ptr, tokens_left, pages, chunks_ptr, acc_ptr, stats_ptr, softcap, PAGE: tl.constexpr, SIGN: tl.constexpr, NH: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, CAPPED: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """Pages of one row: only the last item of a row has free slots, or fewer pages than warps, and pays for a mask."""
+    if (tokens_left >= pages * PAGE.tokens) & (pages % W == 0):
+        _attend_run(
+            whole_ptr, split_ptr, terms_ptr, ids_ptr, tokens_left, pages, chunks_ptr, acc_ptr, stats_ptr, softcap,
+            PAGE, SIGN, NH, DV, WIDE, CAPPED, FULL, STAGES, W, False,
+        )  # fmt: skip
+    else:
+        _attend_run(
+            whole_ptr, split_ptr, terms_ptr, ids_ptr, tokens_left, pages, chunks_ptr, acc_ptr, stats_ptr, softcap,
+            PAGE, SIGN, NH, DV, WIDE, CAPPED, FULL, STAGES, W, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _attend_run(
     whole_ptr,
     split_ptr,
     terms_ptr,
@@ -237,10 +253,11 @@ def _attend_pages(
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
     W: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Pages `ids_ptr[SIGN * i]` of one row; `tokens_left` is what the row holds from the first of them on."""
-    KEY: tl.constexpr = PAGE.key
-    VALUE: tl.constexpr = PAGE.value
+    KEY: tl.constexpr = PAGE.keys
+    VALUE: tl.constexpr = PAGE.values
     P: tl.constexpr = PAGE.tokens
     PRODUCT: tl.constexpr = (VALUE.kind != 0) and not FULL  # 8-bit values: columns in product order
     dtype: tl.constexpr = split_ptr.dtype.element_ty
@@ -261,23 +278,24 @@ def _attend_pages(
         q2 = _query_slice(query_ptr, 2, KEY, NH, WIDE, FULL, W)
         q3 = _query_slice(query_ptr, 3, KEY, NH, WIDE, FULL, W)
     i_n = tl.arange(0, NH)
-    gain = tl.load(terms_ptr + i_n)[None, :, None]
     total = tl.load(terms_ptr + NH + i_n)[None, :, None]
-    added = tl.load(terms_ptr + 2 * NH + i_n)[None, :, None]
-    if KEY.kind == 0:
-        gain = tl.full([1, NH, 1], 1.0, tl.float32)
-    elif KEY.kind != 3:
+    gain = tl.full([NH], 1.0, tl.float32)
+    if KEY.kind != 0:
+        gain = tl.load(terms_ptr + i_n)
+    if KEY.kind == 1 or KEY.kind == 2:
         gain *= SCALE_UNIT
-        total *= SCALE_UNIT
+    added = (tl.load(terms_ptr + 2 * NH + i_n) / gain)[None, :, None]
+    base = _product_base(terms_ptr, KEY, NH, FULL)
     m = tl.full([W, NH], NOWHERE, tl.float32)
-    l = tl.zeros([W, NH], tl.float32)  # noqa: E741
-    z = tl.zeros([W, NH], tl.float32)
-    a0 = tl.zeros([W, VALUE.block, NH], tl.float32)
+    l = tl.zeros([W, NH, 4], tl.float32)  # noqa: E741
+    z = tl.zeros([W, NH, 4], tl.float32)
+    BLOCK_V: tl.constexpr = VALUE.block
+    a0 = tl.zeros([W, BLOCK_V, NH], tl.float32)
     a1, a2, a3 = a0, a0, a0
     steps = (pages + W - 1) // W
-    address = page_addresses(chunks_ptr, tl.load(ids_ptr + SIGN * tl.minimum(warp, pages - 1)), PAGE)
+    first, second, third, fourth = _addresses(ids_ptr, 0, pages, chunks_ptr, PAGE, SIGN, W)
     for step in tl.range(0, steps, num_stages=STAGES):
-        page = byte_pointers(address)
+        page = _of_warps(first, second, third, fourth, W)
         k = load_keys(page, order, PAGE, dtype)
         v = load_values(page, PAGE, dtype)
         k_top, v_top = k, v
@@ -285,36 +303,33 @@ def _attend_pages(
             k_top = load_key_tops(page, order, PAGE)
         if VALUE.bits == 3:
             v_top = load_value_tops(page, PAGE)
-        ks = _meta(page, KEY.scale, PAGE, KEY.kind, KEY.kind != 0, PRODUCT, W, P)
-        kz = _meta(page, KEY.zero, PAGE, KEY.kind, KEY.kind % 2 == 1, PRODUCT, W, P)
-        vs = _meta(page, VALUE.scale, PAGE, VALUE.kind, VALUE.kind != 0, PRODUCT, W, P)
-        vz = _meta(page, VALUE.zero, PAGE, VALUE.kind, VALUE.kind % 2 == 1, PRODUCT, W, P)
-        following = tl.load(ids_ptr + SIGN * tl.minimum((step + 1) * W + warp, pages - 1))
-        address = page_addresses(chunks_ptr, following, PAGE)
+        ks, kz, vs, vz = load_meta(page, PAGE, W)
+        first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W)
 
-        x = _key_product(q0, q1, q2, q3, k, k_top, KEY, NH, FULL, W, P)
-        s = _logits(x, ks, kz, gain, total, KEY) + added
+        x = _key_product(q0, q1, q2, q3, k, k_top, base, KEY, NH, FULL, W, P)
+        s = _scores(x, ks, kz, total, KEY, FULL, PRODUCT, W, P) + added
+        unit = gain
         if CAPPED:
-            s = _cap(s, softcap)
-        if step == steps - 1:  # the only one with free slots, or with fewer pages than warps
-            left = tokens_left - (step * W + warp) * P
-            left = tl.where(step * W + warp < pages, left, 0)
+            s = _cap(s * gain[None, :, None], softcap)
+            unit = tl.full([NH], 1.0, tl.float32)
+        if MASKED:
+            left = tl.where(step * W + warp < pages, tokens_left - (step * W + warp) * P, 0)
             s = tl.where(order[None, None, :] < left[:, None, None], s, float("-inf"))
 
         m_new = tl.maximum(m, tl.max(s, 2))
-        alpha = tl.exp2(m - m_new)
-        t = s - (m_new + _reference(VALUE))[:, :, None]
+        alpha = tl.exp2((m - m_new) * unit[None, :])
+        t = s * unit[None, :, None] - (m_new * unit[None, :] + _reference(VALUE))[:, :, None]
         p = tl.exp2(t)
-        l = l * alpha + tl.sum(p, 2)  # noqa: E741
+        l = l * alpha[:, :, None] + _sums(p, W, NH, P)  # noqa: E741
         if VALUE.kind == 1:
-            pv = tl.exp2(t + byte_twelfth(vs)[:, None, :])
-            z = z * alpha + tl.sum(pv * byte_float(vz)[:, None, :], 2)
+            pv = tl.exp2(t + byte_twelfths(vs, PRODUCT, W, P)[:, None, :])
+            z = z * alpha[:, :, None] + _sums(pv * byte_floats(vz, PRODUCT, W, P)[:, None, :], W, NH, P)
         elif VALUE.kind == 2:
-            pv = tl.exp2(t + byte_twelfth(vs)[:, None, :])
-            z = z * alpha + tl.sum(pv, 2)
+            pv = tl.exp2(t + byte_twelfths(vs, PRODUCT, W, P)[:, None, :])
+            z = z * alpha[:, :, None] + _sums(pv, W, NH, P)
         elif VALUE.kind == 3:
-            pv = p * vs.to(tl.float32)[:, None, :]
-            z = z * alpha - tl.sum(p * vz.to(tl.float32)[:, None, :], 2)
+            pv = p * _wide_meta(vs, PRODUCT, W, P)[:, None, :]
+            z = z * alpha[:, :, None] - _sums(p * _wide_meta(vz, PRODUCT, W, P)[:, None, :], W, NH, P)
         else:
             pv = p
         m = m_new
@@ -327,50 +342,89 @@ def _attend_pages(
     if VALUE.kind == 2:
         z *= VALUE.center
     if VALUE.kind == 1 or VALUE.kind == 2:
-        unit: tl.constexpr = SCALE_UNIT
+        shift: tl.constexpr = SCALE_UNIT
     else:
-        unit: tl.constexpr = 1.0
+        shift: tl.constexpr = 1.0
+    if CAPPED:
+        gain = tl.full([NH], 1.0, tl.float32)
     top = tl.max(m, 0)
-    f = tl.exp2(m - top[None, :])
-    zero = (tl.sum(z * f, 0) * unit)[None, :]
-    _store_slice(acc_ptr, a0, f, zero, unit, 0, VALUE, NH, DV, FULL)
+    f = tl.exp2((m - top[None, :]) * gain[None, :])
+    zero = (tl.sum(tl.sum(z, 2) * f, 0) * shift)[None, :]
+    _store_slice(acc_ptr, a0, f, zero, shift, 0, VALUE, NH, DV, FULL)
     if VALUE.slices >= 2:
-        _store_slice(acc_ptr, a1, f, zero, unit, 1, VALUE, NH, DV, FULL)
+        _store_slice(acc_ptr, a1, f, zero, shift, 1, VALUE, NH, DV, FULL)
     if VALUE.slices == 4:
-        _store_slice(acc_ptr, a2, f, zero, unit, 2, VALUE, NH, DV, FULL)
-        _store_slice(acc_ptr, a3, f, zero, unit, 3, VALUE, NH, DV, FULL)
-    tl.store(stats_ptr + i_n, top + _reference(VALUE))
-    tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
+        _store_slice(acc_ptr, a2, f, zero, shift, 2, VALUE, NH, DV, FULL)
+        _store_slice(acc_ptr, a3, f, zero, shift, 3, VALUE, NH, DV, FULL)
+    tl.store(stats_ptr + i_n, top * gain + _reference(VALUE))
+    tl.store(stats_ptr + NH + i_n, tl.sum(tl.sum(l, 2) * f, 0))
+
+
+@triton.jit
+def _sums(x, W: tl.constexpr, NH: tl.constexpr, P: tl.constexpr):
+    """Sums [W, NH, 4] of x [W, NH, P] over what one lane holds; the four are added at the end."""
+    return tl.sum(tl.sum(tl.reshape(x, (W, NH, P // 8, 4, 2)), 4), 2)
+
+
+@triton.jit
+def _product_base(terms_ptr, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr):
+    """What products with integer codes start from, int32 [1, 2 NH, 1]: 128 S, where zeros come as 128 + zero."""
+    row = tl.arange(0, 2 * NH)
+    base = tl.zeros([2 * NH], tl.int32)
+    if KEY.kind == 1 and (KEY.bits <= 4 or KEY.signed) and not FULL:
+        base = 128 * tl.load(terms_ptr + row, mask=row >= NH, other=0.0).to(tl.int32)  # S, behind A; low rows
+    return base[None, :, None]
 
 
 @triton.jit
 def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """The rows of a tile's query for one slice of the key codes, [W, rows, block], the same for every warp."""
     ROWS: tl.constexpr = NH if FULL else 2 * NH
-    o = tl.arange(0, KEY.block)[None, :]
+    BLOCK: tl.constexpr = KEY.block
+    o = tl.arange(0, BLOCK)[None, :]
     at = ptr + tl.arange(0, ROWS)[:, None] * WIDE + SLICE * KEY.width + o
     if KEY.block == KEY.width:
         q = tl.load(at)
     else:
         q = tl.load(at, mask=o < KEY.width, other=0)
-    return tl.broadcast_to(q[None], (W, ROWS, KEY.block))
+    return tl.broadcast_to(q[None], (W, ROWS, BLOCK))
 
 
 @triton.jit
-def _meta(page, START: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """One number per token [W, P] in the order of the columns; 0 where the layout has none."""
-    if HELD:
-        x = load_meta(page, START, PAGE, KIND)
-        if PRODUCT:
-            x = to_product_order(x, W, P)
-        return x
-    else:
-        return 0
+def _addresses(ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr):
+    """Addresses of the pages of one step, as scalars: vectors would be loaded once per layout that they meet."""
+    first = page_address(ids_ptr, SIGN * tl.minimum(step * W, pages - 1), chunks_ptr, PAGE)
+    second, third, fourth = first, first, first
+    if W >= 2:
+        second = page_address(ids_ptr, SIGN * tl.minimum(step * W + 1, pages - 1), chunks_ptr, PAGE)
+    if W == 4:
+        third = page_address(ids_ptr, SIGN * tl.minimum(step * W + 2, pages - 1), chunks_ptr, PAGE)
+        fourth = page_address(ids_ptr, SIGN * tl.minimum(step * W + 3, pages - 1), chunks_ptr, PAGE)
+    return first, second, third, fourth
 
 
 @triton.jit
-def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """q . stored codes, float32 [W, NH, P], in units of the query's own scale."""
+def _of_warps(first, second, third, fourth, W: tl.constexpr):
+    """Four scalars -> pointers [W]."""
+    warp = tl.arange(0, W)
+    address = tl.where(warp == 0, first, second)
+    if W == 4:
+        address = tl.where(warp < 2, address, tl.where(warp == 2, third, fourth))
+    return byte_pointers(address)
+
+
+@triton.jit
+def _wide_meta(x, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """fp16 metadata [W, P] -> float32 by column."""
+    x = x.to(tl.float32)
+    if PRODUCT:
+        x = to_product_order(x, W, P)
+    return x
+
+
+@triton.jit
+def _key_product(q0, q1, q2, q3, k, top, base, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """q . stored codes, float32 [W, NH, P], in units of A, from `base` on."""
     if FULL:
         x = tl.dot(q0, tl.permute(codes_float(k, top, KEY, 0), (0, 2, 1)), input_precision="ieee")
         if KEY.slices >= 2:
@@ -383,7 +437,8 @@ def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FU
         high, low = _halves(tl.dot(q0, tl.permute(k, (0, 2, 1))), NH, W, P)
         return high + low
     else:
-        x = tl.dot(q0, tl.permute(codes_int8(k, top, KEY, 0), (0, 2, 1)), out_dtype=tl.int32)
+        x = tl.broadcast_to(base, (W, 2 * NH, P))
+        x = tl.dot(q0, tl.permute(codes_int8(k, top, KEY, 0), (0, 2, 1)), x, out_dtype=tl.int32)
         if KEY.slices >= 2:
             x = tl.dot(q1, tl.permute(codes_int8(k, top, KEY, 1), (0, 2, 1)), x, out_dtype=tl.int32)
         if KEY.slices == 4:
@@ -396,36 +451,39 @@ def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FU
 @triton.jit
 def _halves(x, NH: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
     """[W, 2 NH, P] -> its first and its second NH rows, which a lane holds both."""
-    return tl.split(tl.permute(tl.reshape(x, (W, 2, NH, P)), (0, 2, 3, 1)))
+    high, low = tl.split(tl.permute(tl.reshape(x, (W, 2, NH, P)), (0, 2, 3, 1)))
+    return high, low
 
 
 @triton.jit
-def _logits(x, ks, kz, gain, total, KEY: tl.constexpr):
-    """Products with stored codes -> logits, but for the constant of a query."""
+def _scores(x, ks, kz, total, KEY: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """Products with stored codes -> scores in units of A, but for the constant of a query."""
     if KEY.kind == 0:
         return x
-    elif KEY.kind == 1:
-        if KEY.bits <= 4:  # 128 + zero comes for less
-            y = x * gain + 128.0 * total - byte_above_128(kz)[:, None, :] * total
-        elif KEY.signed:
-            y = x * gain + 128.0 * total - byte_float(kz)[:, None, :] * total
-        else:
-            y = x * gain - byte_float(kz)[:, None, :] * total
-        return y * tl.exp2(byte_twelfth(ks))[:, None, :]
-    elif KEY.kind == 2:
-        return (x * gain - KEY.center * total) * tl.exp2(byte_twelfth(ks))[:, None, :]
-    else:
-        scale = ks.to(tl.float32)
-        zero = kz.to(tl.float32)
+    elif KEY.kind == 3:
+        scale, zero = _wide_meta(ks, PRODUCT, W, P), _wide_meta(kz, PRODUCT, W, P)
         if KEY.signed:
             zero += 128.0 * scale
-        return x * gain * scale[:, None, :] + total * zero[:, None, :]
+        return x * scale[:, None, :] + total * zero[:, None, :]
+    else:
+        if KEY.kind == 2:
+            x -= KEY.center * total
+        elif FULL:
+            zero = byte_floats(kz, PRODUCT, W, P)
+            if KEY.signed:
+                zero -= 128.0
+            x -= zero[:, None, :] * total
+        elif KEY.bits <= 4:
+            x -= bytes_above_128(kz, PRODUCT, W, P)[:, None, :] * total
+        else:
+            x -= byte_floats(kz, PRODUCT, W, P)[:, None, :] * total
+        return x * tl.exp2(byte_twelfths(ks, PRODUCT, W, P))[:, None, :]
 
 
 @triton.jit
 def _cap(s, softcap):
     """softcap * tanh(s / softcap)."""
-    return softcap - (2.0 * softcap) / (tl.exp2(s * (2.0 * LOG2E / softcap)) + 1.0)
+    return softcap - (2.0 * softcap) / (tl.exp2(s * (2.0 / softcap * LOG2E)) + 1.0)
 
 
 @triton.jit

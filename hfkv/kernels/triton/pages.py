@@ -64,12 +64,18 @@ class Side(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """A page layout: `tokens` per page, bytes of a page, keys and values."""
+    """A page layout.
+
+    Attributes:
+        tokens, bytes: of a page.
+        byte_fields: fields of byte metadata, which lie together; 0 where metadata are none or fp16.
+    """
 
     tokens: int
     bytes: int
-    key: Side
-    value: Side
+    byte_fields: int
+    keys: Side
+    values: Side
 
 
 def pages_of(layout: PageLayout) -> Pages:
@@ -81,7 +87,9 @@ def pages_of(layout: PageLayout) -> Pages:
     tokens = layout.tokens
     if tokens < 16 or tokens & (tokens - 1):
         raise ValueError(f"pages of {tokens} tokens: the kernels need a power of two of at least 16, such as 32 or 64")
-    return Pages(tokens, layout.page_bytes, _side(layout, "key"), _side(layout, "value"))
+    sides = (layout.key, layout.value)
+    fields = sum(side.scale_bytes + side.zero_bytes for side in sides) if layout.byte_metadata else 0
+    return Pages(tokens, layout.page_bytes, fields, _side(layout, "key"), _side(layout, "value"))
 
 
 def _side(layout: PageLayout, name: str) -> Side:
@@ -110,10 +118,22 @@ def _side(layout: PageLayout, name: str) -> Side:
 
 
 @triton.jit
-def page_addresses(chunks_ptr, ids, PAGE: tl.constexpr):
-    """Byte addresses int64 of the pages `ids`, through the table of chunk addresses."""
-    chunk = tl.load(chunks_ptr + (ids >> SLOT_BITS))
-    return chunk + (ids & SLOT_MASK).to(tl.int64) * PAGE.bytes
+def page_address(ids_ptr, index, chunks_ptr, PAGE: tl.constexpr):
+    """Byte address int64 of the page `ids_ptr[index]`, through the table of chunk addresses."""
+    page = _load_scalar(ids_ptr + index, tl.int32)
+    chunk = _load_scalar(chunks_ptr + (page >> SLOT_BITS), tl.int64)
+    return chunk + (page & SLOT_MASK).to(tl.int64) * PAGE.bytes
+
+
+@triton.jit
+def _load_scalar(ptr, dtype: tl.constexpr):
+    """One number; by assembly, since a loop's pipeline would take it through shared memory and three barriers."""
+    if PLAIN:
+        return tl.load(ptr)
+    elif dtype == tl.int32:
+        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("ld.global.nc.b64 $0, [$1];", "=l,l", [ptr], dtype=tl.int64, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -151,7 +171,7 @@ def to_token_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def load_keys(page, tokens, PAGE: tl.constexpr, dtype: tl.constexpr):
     """Packed keys [W, tokens, block] of pages [W] in the given order of tokens; numbers of `dtype` if exact."""
-    KEY: tl.constexpr = PAGE.key
+    KEY: tl.constexpr = PAGE.keys
     o = tl.arange(0, KEY.block)[None, None, :]
     if KEY.kind == 0:
         ptr = (page + KEY.start).to(tl.pointer_type(dtype))[:, None, None] + tokens[None, :, None] * KEY.rows + o
@@ -166,7 +186,7 @@ def load_keys(page, tokens, PAGE: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_key_tops(page, tokens, PAGE: tl.constexpr):
     """The third bits of 3-bit keys as [W, tokens, block]: bit 2 i belongs to slice i."""
-    KEY: tl.constexpr = PAGE.key
+    KEY: tl.constexpr = PAGE.keys
     HALF: tl.constexpr = KEY.width // 2
     o = tl.arange(0, KEY.block)[None, None, :]
     ptr = page[:, None, None] + KEY.start + tokens[None, :, None] * KEY.rows + KEY.width + o % HALF
@@ -177,7 +197,7 @@ def load_key_tops(page, tokens, PAGE: tl.constexpr):
 @triton.jit
 def load_values(page, PAGE: tl.constexpr, dtype: tl.constexpr):
     """Packed values [W, block, tokens] of pages [W]; numbers of `dtype` if exact."""
-    VALUE: tl.constexpr = PAGE.value
+    VALUE: tl.constexpr = PAGE.values
     row = tl.arange(0, VALUE.block)[None, :, None]
     token = tl.arange(0, PAGE.tokens)[None, None, :]
     if VALUE.kind == 0:
@@ -193,7 +213,7 @@ def load_values(page, PAGE: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def load_value_tops(page, PAGE: tl.constexpr):
     """The third bits of 3-bit values as [W, block, tokens]: bit 2 i belongs to slice i."""
-    VALUE: tl.constexpr = PAGE.value
+    VALUE: tl.constexpr = PAGE.values
     HALF: tl.constexpr = VALUE.width // 2
     row = tl.arange(0, VALUE.block)[None, :, None]
     token = tl.arange(0, PAGE.tokens)[None, None, :]
@@ -203,67 +223,104 @@ def load_value_tops(page, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_meta(page, START: tl.constexpr, PAGE: tl.constexpr, KIND: tl.constexpr):
-    """One number per token [W, tokens]: bytes, or fp16 for MINMAX."""
-    token = tl.arange(0, PAGE.tokens)[None, :]
-    if KIND == 3:
-        return tl.load((page + START).to(tl.pointer_type(tl.float16))[:, None] + token)
+def load_meta(page, PAGE: tl.constexpr, W: tl.constexpr):
+    """Key scale, key zero, value scale and value zero, one number per token each; 0 for what the layout has not.
+
+    fp16 [W, tokens] for MINMAX, else words of four bytes, int32 [W, tokens / 4]: these are loaded in one piece.
+    """
+    KEY: tl.constexpr = PAGE.keys
+    VALUE: tl.constexpr = PAGE.values
+    P: tl.constexpr = PAGE.tokens
+    FIELDS: tl.constexpr = PAGE.byte_fields
+    o = tl.arange(0, P)[None, :]
+    ks, kz, vs, vz = 0, 0, 0, 0
+    if FIELDS == 2:
+        at = (page + KEY.scale).to(tl.pointer_type(tl.int32))[:, None] + tl.arange(0, P // 2)[None, :]
+        ks, vs = tl.split(tl.permute(tl.reshape(tl.load(at), (W, 2, P // 4)), (0, 2, 1)))
+    elif FIELDS > 2:
+        at = (page + KEY.scale).to(tl.pointer_type(tl.int32))[:, None] + o
+        if FIELDS == 3:
+            words = tl.load(at, mask=o < FIELDS * P // 4, other=0)
+        else:
+            words = tl.load(at)
+        scales, zeros = tl.split(tl.permute(tl.reshape(words, (W, 2, 2, P // 4)), (0, 3, 2, 1)))  # [W, P / 4, 2]
+        ks, vs = tl.split(scales)
+        kz, vz = tl.split(zeros)
+        if KEY.kind != 1:
+            kz, vz = vz, kz
     else:
-        return tl.load(page[:, None] + START + token)
+        if KEY.kind == 3:
+            ks = tl.load((page + KEY.scale).to(tl.pointer_type(tl.float16))[:, None] + o)
+            kz = tl.load((page + KEY.zero).to(tl.pointer_type(tl.float16))[:, None] + o)
+        if VALUE.kind == 3:
+            vs = tl.load((page + VALUE.scale).to(tl.pointer_type(tl.float16))[:, None] + o)
+            vz = tl.load((page + VALUE.zero).to(tl.pointer_type(tl.float16))[:, None] + o)
+    return ks, kz, vs, vz
 
 
 # ---- bytes to numbers ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def byte_float(x):
-    """Bytes -> float32; four bytes of a register take four permutations and four additions."""
+def byte_floats(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Bytes of words int32 [W, P / 4] -> float32 [W, P], by column where PRODUCT, else by token."""
     if PLAIN:
-        return x.to(tl.float32)
+        return _plain_bytes(words, PRODUCT, W, P)
     else:
-        return _magic(x) - MAGIC
+        a, b, c, d = _joined_bytes(words, 0x4B000000, 0x7440, 0x7441, 0x7442, 0x7443)
+        return _spread(a, b, c, d, PRODUCT, W, P) - MAGIC
 
 
 @triton.jit
-def byte_twelfth(x):
-    """Bytes -> c STEP, exactly rounded: the exponent of a scale, but for SCALE_UNIT."""
+def byte_twelfths(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Bytes c as c STEP, exactly rounded: the exponent of a scale, but for SCALE_UNIT. Shapes: `byte_floats`."""
     if PLAIN:
-        return x.to(tl.float32) * STEP
+        return _plain_bytes(words, PRODUCT, W, P) * STEP
     else:
-        return tl.fma(_magic(x), STEP, -MAGIC * STEP)
+        a, b, c, d = _joined_bytes(words, 0x4B000000, 0x7440, 0x7441, 0x7442, 0x7443)
+        return tl.fma(_spread(a, b, c, d, PRODUCT, W, P), STEP, -MAGIC * STEP)
 
 
 @triton.jit
-def byte_above_128(x):
-    """Bytes below 128 -> 128 + byte as float32, by one permutation each."""
+def bytes_above_128(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Bytes c below 128 as 128 + c, which is one permutation each. Shapes: `byte_floats`."""
     if PLAIN:
-        return x.to(tl.float32) + 128.0
+        return _plain_bytes(words, PRODUCT, W, P) + 128.0
     else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 m; mov.b32 m, 0x43000000;
-            prmt.b32 $0, $4, m, 0x7044; prmt.b32 $1, $4, m, 0x7144;
-            prmt.b32 $2, $4, m, 0x7244; prmt.b32 $3, $4, m, 0x7344; }""",
-            "=&r,=&r,=&r,=&r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=4,
-        )
+        a, b, c, d = _joined_bytes(words, 0x43000000, 0x7044, 0x7144, 0x7244, 0x7344)
+        return _spread(a, b, c, d, PRODUCT, W, P)
 
 
 @triton.jit
-def _magic(x):
-    """Bytes -> 2^23 + byte as float32."""
+def _joined_bytes(words, BASE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """The four bytes of words, each put into the bits of the float BASE where a selector of `prmt` says."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 m; mov.b32 m, 0x4B000000;
-        prmt.b32 $0, $4, m, 0x7440; prmt.b32 $1, $4, m, 0x7441;
-        prmt.b32 $2, $4, m, 0x7442; prmt.b32 $3, $4, m, 0x7443; }""",
+        f"{{ .reg .b32 m; mov.b32 m, {BASE}; prmt.b32 $0, $4, m, {A}; prmt.b32 $1, $4, m, {B};"
+        f" prmt.b32 $2, $4, m, {C}; prmt.b32 $3, $4, m, {D}; }}",
         "=&r,=&r,=&r,=&r,r",
-        [x],
-        dtype=tl.float32,
+        [words],
+        dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
         is_pure=True,
-        pack=4,
+        pack=1,
     )
+
+
+@triton.jit
+def _plain_bytes(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    a, b = (words & 255).to(tl.float32), ((words >> 8) & 255).to(tl.float32)
+    c, d = ((words >> 16) & 255).to(tl.float32), ((words >> 24) & 255).to(tl.float32)
+    return _spread(a, b, c, d, PRODUCT, W, P)
+
+
+@triton.jit
+def _spread(a, b, c, d, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """First to fourth bytes [W, P / 4] -> [W, P], by column where PRODUCT, else by token."""
+    x = tl.join(tl.join(a, b), tl.join(c, d))  # [W, P / 4, 2, 2]: first or second of a pair, pair
+    if PRODUCT:
+        x = tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 4, 2, 3))
+    else:
+        x = tl.permute(x, (0, 1, 3, 2))
+    return tl.reshape(x, (W, P))
 
 
 @triton.jit
