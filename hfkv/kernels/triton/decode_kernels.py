@@ -31,6 +31,7 @@ from hfkv.kernels.triton.pages import (
     load_keys,
     load_meta,
     load_value_tops,
+    load_value_zeros,
     load_values,
     page_address,
     product_order,
@@ -47,6 +48,9 @@ WINDOW_STEP = tl.constexpr(16)
 LOG2E = tl.constexpr(1.4426950408889634)
 ITEM_FIELDS = tl.constexpr(4)
 """Of a work item: row, tier (the window is the last), first page or window step, how many."""
+
+ZERO_ROWS = tl.constexpr(16)
+"""Rows of a product's operand; the zeros of values fill them all."""
 
 INT8_TOP = tl.constexpr(127.0 * 256)
 
@@ -287,8 +291,8 @@ def _attend_run(
     added = (tl.load(terms_ptr + 2 * NH + i_n) / gain)[None, :, None]
     base = _product_base(terms_ptr, KEY, NH, FULL)
     m = tl.full([W, NH], NOWHERE, tl.float32)
-    l = tl.zeros([W, NH, 4], tl.float32)  # noqa: E741
-    z = tl.zeros([W, NH, 4], tl.float32)
+    l = tl.zeros([W, NH], tl.float32)  # noqa: E741
+    z = tl.zeros([W, ZERO_ROWS, NH], tl.float32)  # rows all alike: zeros are one more row of value codes
     BLOCK_V: tl.constexpr = VALUE.block
     a0 = tl.zeros([W, BLOCK_V, NH], tl.float32)
     a1, a2, a3 = a0, a0, a0
@@ -304,6 +308,9 @@ def _attend_run(
         if VALUE.bits == 3:
             v_top = load_value_tops(page, PAGE)
         ks, kz, vs, vz = load_meta(page, PAGE, W)
+        z_row = v
+        if VALUE.kind == 1:
+            z_row = load_value_zeros(page, PAGE, ZERO_ROWS)
         first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W)
 
         x = _key_product(q0, q1, q2, q3, k, k_top, base, KEY, NH, FULL, W, P)
@@ -320,25 +327,28 @@ def _attend_run(
         alpha = tl.exp2((m - m_new) * unit[None, :])
         t = s * unit[None, :, None] - (m_new * unit[None, :] + _reference(VALUE))[:, :, None]
         p = tl.exp2(t)
-        l = l * alpha[:, :, None] + _sums(p, W, NH, P)  # noqa: E741
-        if VALUE.kind == 1:
+        l = l * alpha + tl.sum(p, 2)  # noqa: E741
+        if VALUE.kind == 1 or VALUE.kind == 2:
             pv = tl.exp2(t + byte_twelfths(vs, PRODUCT, W, P)[:, None, :])
-            z = z * alpha[:, :, None] + _sums(pv * byte_floats(vz, PRODUCT, W, P)[:, None, :], W, NH, P)
-        elif VALUE.kind == 2:
-            pv = tl.exp2(t + byte_twelfths(vs, PRODUCT, W, P)[:, None, :])
-            z = z * alpha[:, :, None] + _sums(pv, W, NH, P)
         elif VALUE.kind == 3:
             pv = p * _wide_meta(vs, PRODUCT, W, P)[:, None, :]
-            z = z * alpha[:, :, None] - _sums(p * _wide_meta(vz, PRODUCT, W, P)[:, None, :], W, NH, P)
         else:
             pv = p
         m = m_new
+        if VALUE.kind == 3:
+            zeros = tl.sum(p * _wide_meta(vz, PRODUCT, W, P)[:, None, :], 2)
+            z = z * alpha[:, None, :] - zeros[:, None, :]
         if not FULL:
             pv = pv.to(dtype if VALUE.kind == 0 else tl.float16)
         if PRODUCT:
             pv = to_token_order(pv, W, NH, P)
-        a0, a1, a2, a3 = _weigh(tl.permute(pv, (0, 2, 1)), alpha[:, None, :], v, v_top, a0, a1, a2, a3, VALUE, FULL)
+        pv, scaling = tl.permute(pv, (0, 2, 1)), alpha[:, None, :]
+        a0, a1, a2, a3 = _weigh(pv, scaling, v, v_top, a0, a1, a2, a3, VALUE, FULL)
+        if VALUE.kind == 1 or VALUE.kind == 2:
+            z = _weigh_zeros(pv, scaling, z_row, z, VALUE, FULL, W, P)
 
+    if VALUE.kind == 1 and not FULL:
+        z *= DENORMAL
     if VALUE.kind == 2:
         z *= VALUE.center
     if VALUE.kind == 1 or VALUE.kind == 2:
@@ -349,7 +359,7 @@ def _attend_run(
         gain = tl.full([NH], 1.0, tl.float32)
     top = tl.max(m, 0)
     f = tl.exp2((m - top[None, :]) * gain[None, :])
-    zero = (tl.sum(tl.sum(z, 2) * f, 0) * shift)[None, :]
+    zero = (tl.sum(tl.max(z, 1) * f, 0) * shift)[None, :]
     _store_slice(acc_ptr, a0, f, zero, shift, 0, VALUE, NH, DV, FULL)
     if VALUE.slices >= 2:
         _store_slice(acc_ptr, a1, f, zero, shift, 1, VALUE, NH, DV, FULL)
@@ -357,13 +367,7 @@ def _attend_run(
         _store_slice(acc_ptr, a2, f, zero, shift, 2, VALUE, NH, DV, FULL)
         _store_slice(acc_ptr, a3, f, zero, shift, 3, VALUE, NH, DV, FULL)
     tl.store(stats_ptr + i_n, top * gain + _reference(VALUE))
-    tl.store(stats_ptr + NH + i_n, tl.sum(tl.sum(l, 2) * f, 0))
-
-
-@triton.jit
-def _sums(x, W: tl.constexpr, NH: tl.constexpr, P: tl.constexpr):
-    """Sums [W, NH, 4] of x [W, NH, P] over what one lane holds; the four are added at the end."""
-    return tl.sum(tl.sum(tl.reshape(x, (W, NH, P // 8, 4, 2)), 4), 2)
+    tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
 
 
 @triton.jit
@@ -371,7 +375,7 @@ def _product_base(terms_ptr, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.const
     """What products with integer codes start from, int32 [1, 2 NH, 1]: 128 S, where zeros come as 128 + zero."""
     row = tl.arange(0, 2 * NH)
     base = tl.zeros([2 * NH], tl.int32)
-    if KEY.kind == 1 and (KEY.bits <= 4 or KEY.signed) and not FULL:
+    if KEY.kind == 1 and KEY.bits <= 4 and not FULL:
         base = 128 * tl.load(terms_ptr + row, mask=row >= NH, other=0.0).to(tl.int32)  # S, behind A; low rows
     return base[None, :, None]
 
@@ -468,15 +472,10 @@ def _scores(x, ks, kz, total, KEY: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl
     else:
         if KEY.kind == 2:
             x -= KEY.center * total
-        elif FULL:
-            zero = byte_floats(kz, PRODUCT, W, P)
-            if KEY.signed:
-                zero -= 128.0
-            x -= zero[:, None, :] * total
-        elif KEY.bits <= 4:
+        elif KEY.bits <= 4 and not FULL:
             x -= bytes_above_128(kz, PRODUCT, W, P)[:, None, :] * total
         else:
-            x -= byte_floats(kz, PRODUCT, W, P)[:, None, :] * total
+            x -= byte_floats(kz, 128 if KEY.signed else 0, PRODUCT, W, P)[:, None, :] * total
         return x * tl.exp2(byte_twelfths(ks, PRODUCT, W, P))[:, None, :]
 
 
@@ -527,6 +526,21 @@ def _weigh(p, alpha, v, top, a0, a1, a2, a3, VALUE: tl.constexpr, FULL: tl.const
         a2 = tl.dot(v2, p, a2 * alpha)
         a3 = tl.dot(v3, p, a3 * alpha)
     return a0, a1, a2, a3
+
+
+@triton.jit
+def _weigh_zeros(p, alpha, row, z, VALUE: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """z [W, ZERO_ROWS, NH] plus the values' zeros times p, or plus p where all zeros are the same number."""
+    if VALUE.kind == 2:
+        ones = tl.full([W, ZERO_ROWS, P], 1.0, p.dtype)
+        if FULL:
+            return tl.dot(ones, p, z * alpha, input_precision="ieee")
+        else:
+            return tl.dot(ones, p, z * alpha)
+    elif FULL:
+        return tl.dot(row.to(tl.float32), p, z * alpha, input_precision="ieee")
+    else:
+        return tl.dot(denormal(row, 0, 255), p, z * alpha)
 
 
 @triton.jit

@@ -223,6 +223,13 @@ def load_value_tops(page, PAGE: tl.constexpr):
 
 
 @triton.jit
+def load_value_zeros(page, PAGE: tl.constexpr, ROWS: tl.constexpr):
+    """Zero bytes of AFFINE values as equal rows [W, ROWS, tokens], like value codes."""
+    row = tl.arange(0, ROWS)[None, :, None] * 0
+    return tl.load(page[:, None, None] + PAGE.values.zero + row + tl.arange(0, PAGE.tokens)[None, None, :])
+
+
+@triton.jit
 def load_meta(page, PAGE: tl.constexpr, W: tl.constexpr):
     """Key scale, key zero, value scale and value zero, one number per token each; 0 for what the layout has not.
 
@@ -262,13 +269,13 @@ def load_meta(page, PAGE: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def byte_floats(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Bytes of words int32 [W, P / 4] -> float32 [W, P], by column where PRODUCT, else by token."""
+def byte_floats(words, LESS: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Bytes of words int32 [W, P / 4], LESS subtracted -> float32 [W, P], by column where PRODUCT, else by token."""
     if PLAIN:
-        return _plain_bytes(words, PRODUCT, W, P)
+        return _plain_bytes(words, PRODUCT, W, P) - LESS
     else:
         a, b, c, d = _joined_bytes(words, 0x4B000000, 0x7440, 0x7441, 0x7442, 0x7443)
-        return _spread(a, b, c, d, PRODUCT, W, P) - MAGIC
+        return _spread(a, b, c, d, PRODUCT, W, P) - (MAGIC + LESS)
 
 
 @triton.jit
