@@ -22,10 +22,10 @@ from hfkv.kernels.triton.pages import (
     byte_floats,
     byte_pointers,
     byte_twelfths,
-    bytes_above_128,
     codes_float,
     codes_int8,
     denormal,
+    denormal_halves,
     denormal_quarters,
     load_key_tops,
     load_keys,
@@ -289,7 +289,6 @@ def _attend_run(
     if KEY.kind == 1 or KEY.kind == 2:
         gain *= SCALE_UNIT
     added = (tl.load(terms_ptr + 2 * NH + i_n) / gain)[None, :, None]
-    base = _product_base(terms_ptr, KEY, NH, FULL)
     m = tl.full([W, NH], NOWHERE, tl.float32)
     l = tl.zeros([W, NH], tl.float32)  # noqa: E741
     z = tl.zeros([W, ZERO_ROWS, NH], tl.float32)  # rows all alike: zeros are one more row of value codes
@@ -313,7 +312,7 @@ def _attend_run(
             z_row = load_value_zeros(page, PAGE, ZERO_ROWS)
         first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W)
 
-        x = _key_product(q0, q1, q2, q3, k, k_top, base, KEY, NH, FULL, W, P)
+        x = _key_product(q0, q1, q2, q3, k, k_top, KEY, NH, FULL, W, P)
         s = _scores(x, ks, kz, total, KEY, FULL, PRODUCT, W, P) + added
         unit = gain
         if CAPPED:
@@ -371,16 +370,6 @@ def _attend_run(
 
 
 @triton.jit
-def _product_base(terms_ptr, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr):
-    """What products with integer codes start from, int32 [1, 2 NH, 1]: 128 S, where zeros come as 128 + zero."""
-    row = tl.arange(0, 2 * NH)
-    base = tl.zeros([2 * NH], tl.int32)
-    if KEY.kind == 1 and KEY.bits <= 4 and not FULL:
-        base = 128 * tl.load(terms_ptr + row, mask=row >= NH, other=0.0).to(tl.int32)  # S, behind A; low rows
-    return base[None, :, None]
-
-
-@triton.jit
 def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr):  # fmt: skip
     """The rows of a tile's query for one slice of the key codes, [W, rows, block], the same for every warp."""
     ROWS: tl.constexpr = NH if FULL else 2 * NH
@@ -427,8 +416,8 @@ def _wide_meta(x, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _key_product(q0, q1, q2, q3, k, top, base, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
-    """q . stored codes, float32 [W, NH, P], in units of A, from `base` on."""
+def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """q . stored codes, float32 [W, NH, P], in units of A."""
     if FULL:
         x = tl.dot(q0, tl.permute(codes_float(k, top, KEY, 0), (0, 2, 1)), input_precision="ieee")
         if KEY.slices >= 2:
@@ -441,8 +430,7 @@ def _key_product(q0, q1, q2, q3, k, top, base, KEY: tl.constexpr, NH: tl.constex
         high, low = _halves(tl.dot(q0, tl.permute(k, (0, 2, 1))), NH, W, P)
         return high + low
     else:
-        x = tl.broadcast_to(base, (W, 2 * NH, P))
-        x = tl.dot(q0, tl.permute(codes_int8(k, top, KEY, 0), (0, 2, 1)), x, out_dtype=tl.int32)
+        x = tl.dot(q0, tl.permute(codes_int8(k, top, KEY, 0), (0, 2, 1)), out_dtype=tl.int32)
         if KEY.slices >= 2:
             x = tl.dot(q1, tl.permute(codes_int8(k, top, KEY, 1), (0, 2, 1)), x, out_dtype=tl.int32)
         if KEY.slices == 4:
@@ -472,8 +460,6 @@ def _scores(x, ks, kz, total, KEY: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl
     else:
         if KEY.kind == 2:
             x -= KEY.center * total
-        elif KEY.bits <= 4 and not FULL:
-            x -= bytes_above_128(kz, PRODUCT, W, P)[:, None, :] * total
         else:
             x -= byte_floats(kz, 128 if KEY.signed else 0, PRODUCT, W, P)[:, None, :] * total
         return x * tl.exp2(byte_twelfths(ks, PRODUCT, W, P))[:, None, :]
@@ -509,18 +495,19 @@ def _weigh(p, alpha, v, top, a0, a1, a2, a3, VALUE: tl.constexpr, FULL: tl.const
     elif VALUE.kind == 0:
         a0 = tl.dot(v, p, a0 * alpha)
     elif VALUE.bits == 8:
-        a0 = tl.dot(denormal(v, 0, 255), p, a0 * alpha)
+        a0 = tl.dot(denormal(v), p, a0 * alpha)
     elif VALUE.bits == 4:
-        a0 = tl.dot(denormal(v, 0, 15), p, a0 * alpha)
-        a1 = tl.dot(denormal(v, 4, 15), p, a1 * alpha)
+        v0, v1 = denormal_halves(v)
+        a0 = tl.dot(v0, p, a0 * alpha)
+        a1 = tl.dot(v1, p, a1 * alpha)
     else:
         if VALUE.bits == 2:
             v0, v1, v2, v3 = denormal_quarters(v)
         else:
-            v0 = denormal(codes_int8(v, top, VALUE, 0).to(tl.uint8, bitcast=True), 0, 255)
-            v1 = denormal(codes_int8(v, top, VALUE, 1).to(tl.uint8, bitcast=True), 0, 255)
-            v2 = denormal(codes_int8(v, top, VALUE, 2).to(tl.uint8, bitcast=True), 0, 255)
-            v3 = denormal(codes_int8(v, top, VALUE, 3).to(tl.uint8, bitcast=True), 0, 255)
+            v0 = denormal(codes_int8(v, top, VALUE, 0).to(tl.uint8, bitcast=True))
+            v1 = denormal(codes_int8(v, top, VALUE, 1).to(tl.uint8, bitcast=True))
+            v2 = denormal(codes_int8(v, top, VALUE, 2).to(tl.uint8, bitcast=True))
+            v3 = denormal(codes_int8(v, top, VALUE, 3).to(tl.uint8, bitcast=True))
         a0 = tl.dot(v0, p, a0 * alpha)
         a1 = tl.dot(v1, p, a1 * alpha)
         a2 = tl.dot(v2, p, a2 * alpha)
@@ -540,7 +527,7 @@ def _weigh_zeros(p, alpha, row, z, VALUE: tl.constexpr, FULL: tl.constexpr, W: t
     elif FULL:
         return tl.dot(row.to(tl.float32), p, z * alpha, input_precision="ieee")
     else:
-        return tl.dot(denormal(row, 0, 255), p, z * alpha)
+        return tl.dot(denormal(row), p, z * alpha)
 
 
 @triton.jit

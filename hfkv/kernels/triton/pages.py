@@ -147,21 +147,31 @@ def product_order(P: tl.constexpr):
     """The token that each column of a product stands for, where its probabilities meet 8-bit codes in the next product.
 
     Of every 16 tokens a lane then holds four neighbours: those whose value codes lie in one register, so that
-    probabilities need not cross lanes. Metadata come as four bytes at once.
+    probabilities need not cross lanes, and metadata come as four bytes at once. The assembly of `denormal_*` takes the
+    bytes 0 and 2 of a register, then 1 and 3, which spares it permutations: the four come in that order.
     """
     n = tl.arange(0, P)
-    return (n // 16) * 16 + ((n // 2) % 4) * 4 + ((n // 8) % 2) * 2 + n % 2
+    if PLAIN:
+        within = ((n // 8) % 2) * 2 + n % 2
+    else:
+        within = (n // 8) % 2 + (n % 2) * 2
+    return (n // 16) * 16 + ((n // 2) % 4) * 4 + within
 
 
 @triton.jit
 def to_product_order(x, W: tl.constexpr, P: tl.constexpr):
     """[W, P] by token -> by column."""
-    return tl.reshape(tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 3, 2, 4)), (W, P))
+    x = tl.reshape(x, (W, P // 16, 4, 2, 2))
+    if PLAIN:
+        x = tl.permute(x, (0, 1, 3, 2, 4))
+    else:
+        x = tl.permute(x, (0, 1, 4, 2, 3))
+    return tl.reshape(x, (W, P))
 
 
 @triton.jit
 def to_token_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """[W, N, P] by column -> by token."""
+    """[W, N, P] by column -> in the order in which value codes come as an operand: by token, or as above."""
     return tl.reshape(tl.permute(tl.reshape(x, (W, N, P // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5)), (W, N, P))
 
 
@@ -274,7 +284,7 @@ def byte_floats(words, LESS: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexp
     if PLAIN:
         return _plain_bytes(words, PRODUCT, W, P) - LESS
     else:
-        a, b, c, d = _joined_bytes(words, 0x4B000000, 0x7440, 0x7441, 0x7442, 0x7443)
+        a, b, c, d = _magic_bytes(words)
         return _spread(a, b, c, d, PRODUCT, W, P) - (MAGIC + LESS)
 
 
@@ -284,26 +294,16 @@ def byte_twelfths(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr
     if PLAIN:
         return _plain_bytes(words, PRODUCT, W, P) * STEP
     else:
-        a, b, c, d = _joined_bytes(words, 0x4B000000, 0x7440, 0x7441, 0x7442, 0x7443)
+        a, b, c, d = _magic_bytes(words)
         return tl.fma(_spread(a, b, c, d, PRODUCT, W, P), STEP, -MAGIC * STEP)
 
 
 @triton.jit
-def bytes_above_128(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
-    """Bytes c below 128 as 128 + c, which is one permutation each. Shapes: `byte_floats`."""
-    if PLAIN:
-        return _plain_bytes(words, PRODUCT, W, P) + 128.0
-    else:
-        a, b, c, d = _joined_bytes(words, 0x43000000, 0x7044, 0x7144, 0x7244, 0x7344)
-        return _spread(a, b, c, d, PRODUCT, W, P)
-
-
-@triton.jit
-def _joined_bytes(words, BASE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-    """The four bytes of words, each put into the bits of the float BASE where a selector of `prmt` says."""
+def _magic_bytes(words):
+    """The four bytes of words as 2^23 + byte, float32: one permutation each."""
     return tl.inline_asm_elementwise(
-        f"{{ .reg .b32 m; mov.b32 m, {BASE}; prmt.b32 $0, $4, m, {A}; prmt.b32 $1, $4, m, {B};"
-        f" prmt.b32 $2, $4, m, {C}; prmt.b32 $3, $4, m, {D}; }}",
+        """{ .reg .b32 m; mov.b32 m, 0x4B000000; prmt.b32 $0, $4, m, 0x7440; prmt.b32 $1, $4, m, 0x7441;
+        prmt.b32 $2, $4, m, 0x7442; prmt.b32 $3, $4, m, 0x7443; }""",
         "=&r,=&r,=&r,=&r,r",
         [words],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -324,7 +324,11 @@ def _spread(a, b, c, d, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr)
     """First to fourth bytes [W, P / 4] -> [W, P], by column where PRODUCT, else by token."""
     x = tl.join(tl.join(a, b), tl.join(c, d))  # [W, P / 4, 2, 2]: first or second of a pair, pair
     if PRODUCT:
-        x = tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 4, 2, 3))
+        x = tl.reshape(x, (W, P // 16, 4, 2, 2))
+        if PLAIN:
+            x = tl.permute(x, (0, 1, 4, 2, 3))
+        else:
+            x = tl.permute(x, (0, 1, 3, 2, 4))
     else:
         x = tl.permute(x, (0, 1, 3, 2))
     return tl.reshape(x, (W, P))
@@ -369,23 +373,13 @@ def merged(x, top, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def denormal(x, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Fields of bytes as fp16: code * 2^(SHIFT - 24), exactly."""
-    M4: tl.constexpr = (MASK << SHIFT) * 0x01010101
+def denormal(x):
+    """Bytes as fp16: code * 2^-24, exactly. In assembly bytes 0 and 2 come first, see `product_order`."""
     if PLAIN:
-        return (x & (MASK << SHIFT)).to(tl.uint16).to(tl.float16, bitcast=True)
-    elif MASK == 255:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $2, 0, 0x4140; prmt.b32 $1, $2, 0, 0x4342;",
-            "=&r,=&r,r",
-            [x],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
+        return x.to(tl.uint16).to(tl.float16, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
-            f"{{ .reg .b32 t; and.b32 t, $2, {M4}; prmt.b32 $0, t, 0, 0x4140; prmt.b32 $1, t, 0, 0x4342; }}",
+            "prmt.b32 $0, $2, 0, 0x4240; prmt.b32 $1, $2, 0, 0x4341;",
             "=&r,=&r,r",
             [x],
             dtype=tl.float16,
@@ -395,17 +389,35 @@ def denormal(x, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def denormal_quarters(x):
-    """The four 2-bit fields of bytes as fp16, field i as code * 2^(2 i - 24)."""
+def denormal_halves(x):
+    """The two 4-bit fields of bytes as fp16, field i as code * 2^(4 i - 24), in the order of `denormal`."""
     if PLAIN:
-        return denormal(x, 0, 3), denormal(x, 2, 3), denormal(x, 4, 3), denormal(x, 6, 3)
+        return denormal(x & 0x0F), denormal(x & 0xF0)
     else:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b; prmt.b32 a, $8, 0, 0x4140; prmt.b32 b, $8, 0, 0x4342;
-            and.b32 $0, a, 0x00030003; and.b32 $1, b, 0x00030003;
-            and.b32 $2, a, 0x000c000c; and.b32 $3, b, 0x000c000c;
-            and.b32 $4, a, 0x00300030; and.b32 $5, b, 0x00300030;
-            and.b32 $6, a, 0x00c000c0; and.b32 $7, b, 0x00c000c0; }""",
+            """{ .reg .b32 a; shr.u32 a, $4, 8;
+            and.b32 $0, $4, 0x000f000f; and.b32 $1, a, 0x000f000f;
+            and.b32 $2, $4, 0x00f000f0; and.b32 $3, a, 0x00f000f0; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def denormal_quarters(x):
+    """The four 2-bit fields of bytes as fp16, field i as code * 2^(2 i - 24), in the order of `denormal`."""
+    if PLAIN:
+        return denormal(x & 3), denormal(x & 12), denormal(x & 48), denormal(x & 192)
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a; shr.u32 a, $8, 8;
+            and.b32 $0, $8, 0x00030003; and.b32 $1, a, 0x00030003;
+            and.b32 $2, $8, 0x000c000c; and.b32 $3, a, 0x000c000c;
+            and.b32 $4, $8, 0x00300030; and.b32 $5, a, 0x00300030;
+            and.b32 $6, $8, 0x00c000c0; and.b32 $7, a, 0x00c000c0; }""",
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
             [x],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
