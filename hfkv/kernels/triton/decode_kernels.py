@@ -36,7 +36,7 @@ from hfkv.kernels.triton.pages import (
     page_address,
     product_order,
     to_product_order,
-    to_token_order,
+    to_code_order,
 )
 
 NOWHERE = tl.constexpr(-1e30)
@@ -340,7 +340,7 @@ def _attend_run(
         if not FULL:
             pv = pv.to(dtype if VALUE.kind == 0 else tl.float16)
         if PRODUCT:
-            pv = to_token_order(pv, W, NH, P)
+            pv = to_code_order(pv, W, NH, P)
         pv, scaling = tl.permute(pv, (0, 2, 1)), alpha[:, None, :]
         a0, a1, a2, a3 = _weigh(pv, scaling, v, v_top, a0, a1, a2, a3, VALUE, FULL)
         if VALUE.kind == 1 or VALUE.kind == 2:

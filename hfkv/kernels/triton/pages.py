@@ -147,31 +147,21 @@ def product_order(P: tl.constexpr):
     """The token that each column of a product stands for, where its probabilities meet 8-bit codes in the next product.
 
     Of every 16 tokens a lane then holds four neighbours: those whose value codes lie in one register, so that
-    probabilities need not cross lanes, and metadata come as four bytes at once. The assembly of `denormal_*` takes the
-    bytes 0 and 2 of a register, then 1 and 3, which spares it permutations: the four come in that order.
+    probabilities need not cross lanes, and metadata come as four bytes at once. The four come as `denormal` gives them.
     """
     n = tl.arange(0, P)
-    if PLAIN:
-        within = ((n // 8) % 2) * 2 + n % 2
-    else:
-        within = (n // 8) % 2 + (n % 2) * 2
-    return (n // 16) * 16 + ((n // 2) % 4) * 4 + within
+    return (n // 16) * 16 + ((n // 2) % 4) * 4 + (n // 8) % 2 + (n % 2) * 2
 
 
 @triton.jit
 def to_product_order(x, W: tl.constexpr, P: tl.constexpr):
     """[W, P] by token -> by column."""
-    x = tl.reshape(x, (W, P // 16, 4, 2, 2))
-    if PLAIN:
-        x = tl.permute(x, (0, 1, 3, 2, 4))
-    else:
-        x = tl.permute(x, (0, 1, 4, 2, 3))
-    return tl.reshape(x, (W, P))
+    return tl.reshape(tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 4, 2, 3)), (W, P))
 
 
 @triton.jit
-def to_token_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """[W, N, P] by column -> in the order in which value codes come as an operand: by token, or as above."""
+def to_code_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
+    """[W, N, P] by column -> in the order in which `denormal` gives value codes."""
     return tl.reshape(tl.permute(tl.reshape(x, (W, N, P // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5)), (W, N, P))
 
 
@@ -324,11 +314,7 @@ def _spread(a, b, c, d, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr)
     """First to fourth bytes [W, P / 4] -> [W, P], by column where PRODUCT, else by token."""
     x = tl.join(tl.join(a, b), tl.join(c, d))  # [W, P / 4, 2, 2]: first or second of a pair, pair
     if PRODUCT:
-        x = tl.reshape(x, (W, P // 16, 4, 2, 2))
-        if PLAIN:
-            x = tl.permute(x, (0, 1, 4, 2, 3))
-        else:
-            x = tl.permute(x, (0, 1, 3, 2, 4))
+        x = tl.permute(tl.reshape(x, (W, P // 16, 4, 2, 2)), (0, 1, 3, 2, 4))
     else:
         x = tl.permute(x, (0, 1, 3, 2))
     return tl.reshape(x, (W, P))
@@ -374,8 +360,14 @@ def merged(x, top, SHIFT: tl.constexpr):
 
 @triton.jit
 def denormal(x):
-    """Bytes as fp16: code * 2^-24, exactly. In assembly bytes 0 and 2 come first, see `product_order`."""
+    """Bytes [W, rows, tokens] as fp16: code * 2^-24, exactly, of every four tokens in the order 0, 2, 1, 3.
+
+    Two codes of a register then come by a mask, the other two by a shift and a mask. The assembly counts on the four
+    bytes of a register being four tokens, as they are where tokens are contiguous.
+    """
     if PLAIN:
+        fours = tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 4, 2, 2))
+        x = tl.reshape(tl.permute(fours, (0, 1, 2, 4, 3)), x.shape)
         return x.to(tl.uint16).to(tl.float16, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
