@@ -9,7 +9,7 @@ TRITON ?= triton==3.6.0 "numpy<2.4"
 NEWEST ?= transformers==5.23.0
 OLDEST ?= transformers==5.15.0
 
-.PHONY: demo test test-oldest lint bench-accuracy bench-decode bench-memory clean
+.PHONY: demo test test-oldest lint aot bench-accuracy bench-decode bench-memory clean
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Machine code of the kernels for every architecture, without a GPU; AOT="--ci" for the few that guard the limits.
+aot: $(VENV)/installed
+	$(BIN)/python benchmarks/aot.py --check $(AOT)
 
 bench-accuracy: $(VENV)/model
 	$(BIN)/python benchmarks/accuracy.py

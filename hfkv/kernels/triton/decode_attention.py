@@ -8,7 +8,7 @@ from torch import Tensor
 from hfkv.attend import Call, Past
 from hfkv.kernels.triton import decode_kernels as kernels
 from hfkv.kernels.triton.pages import pages_of
-from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, power_of_two, programs_on
+from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, power_of_two, programs_on, stages_of
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
 
@@ -80,7 +80,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=wide, CODED=coded, SPLIT=full or not all(x.key.bits for x in plan.layouts),
         FULL=full, num_warps=4,
     )  # fmt: skip
-    high, low = settings(plan, full)
+    high, low = stages_of(full)
     kernels.decode_items[(plan.shares * plan.tiles,)](
         q, space.whole, split, space.terms, packed.table.ids, packed.table.lengths, packed.pool.chunk_addresses,
         plan.items, plan.starts, window.k, window.v, past.fill.counts, space.acc, space.stats,
@@ -94,11 +94,6 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         NH=COLUMNS, DV=value_dim, WIDE_V=wide_v, BLOCK=ROTATED, STEP=MERGED, num_warps=4,
     )  # fmt: skip
     return out
-
-
-def settings(plan: StepPlan, full: bool) -> tuple[int, int]:
-    """Pipeline stages of the two tiers' loops."""
-    return (1, 1) if full else (2, 2)
 
 
 def _check(past: Past, q: Tensor, plan: StepPlan) -> None:

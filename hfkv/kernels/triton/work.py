@@ -187,6 +187,11 @@ def programs_on(device: torch.device) -> int:
     return properties.multi_processor_count * PROGRAMS_PER_SM[known]
 
 
+def stages_of(full: bool) -> tuple[int, int]:
+    """Pipeline stages of the page loops of the two tiers; `full`: float32 products, whose tiles are large."""
+    return (1, 1) if full else (2, 2)
+
+
 def power_of_two(n: int) -> int:
     """The next power of two, at least 32: entries of a query row as the kernels hold it."""
     return max(32, 1 << (n - 1).bit_length())
