@@ -84,7 +84,7 @@ def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf1
     names = ["exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers]
     extras = [codec] * (codec != "fitted") + [dtype] * (dtype != "bf16") + ["softcap"] * capped
     pointers = {"q_ptr": dtype, "whole_ptr": "i8", "split_ptr": dtype, "terms_ptr": "fp32", "ids_ptr": "i32",
-                "lengths_ptr": "i32", "chunks_ptr": "i64", "items_ptr": "i32", "shares_ptr": "i32", "window_k_ptr": dtype,
+                "lengths_ptr": "i32", "chunks_ptr": "i64", "items_ptr": "i32", "window_k_ptr": dtype,
                 "window_v_ptr": dtype, "counts_ptr": "i64", "acc_ptr": "fp32", "stats_ptr": "fp32"}  # fmt: skip
     strides = ("stride_batch", "stride_head", "stride_query")
     numbers = ("table_width", "heads", "queries", "columns", "tiles", "capacity", *strides)

@@ -81,9 +81,9 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         FULL=full, num_warps=4,
     )  # fmt: skip
     high, low = stages_of(full)
-    kernels.decode_items[(plan.shares * plan.tiles,)](
+    kernels.decode_items[(plan.count * plan.tiles,)](
         q, space.whole, split, space.terms, packed.table.ids, packed.table.lengths, packed.pool.chunk_addresses,
-        plan.items, plan.starts, window.k, window.v, past.fill.counts, space.acc, space.stats,
+        plan.items, window.k, window.v, past.fill.counts, space.acc, space.stats,
         call.scaling * LOG2E, softcap, packed.table.ids.shape[1], *counted, plan.capacity, *where,
         HIGH=tiers[0], LOW=tiers[1] if len(tiers) == 2 else None, NH=COLUMNS, D=dim, DV=value_dim, WIDE=wide,
         WIDE_V=wide_v, CAPPED=call.softcap is not None, FULL=full, STAGES=high, STAGES_LOW=low, W=plan.warps,

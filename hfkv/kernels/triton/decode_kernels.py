@@ -1,7 +1,7 @@
 """Decode attention on packed pages and the exact window: the kernels. `decode_attention` launches them.
 
-Every program takes its share of the work items (see `hfkv.kernels.triton.work`); an item is some pages of one row in one
-tier, or some of its window. A program's warps take a page each, all at once, as one batched product: no warp waits for
+Every program takes one work item (see `hfkv.kernels.triton.work`): some pages of one row in one tier, or some of its
+window. A program's warps take a page each, all at once, as one batched product: no warp waits for
 another before the item's end. Logits are in units of log2. Per page, with byte codes,
 
     s = A (ks (q . code - kz S) + c)        acc += code (p vs)        z += p vs vz
@@ -148,7 +148,6 @@ def decode_items(
     lengths_ptr,
     chunks_ptr,
     items_ptr,
-    shares_ptr,
     window_k_ptr,
     window_v_ptr,
     counts_ptr,
@@ -178,47 +177,46 @@ def decode_items(
     STAGES_LOW: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Partial attention of every item of this program's share.
+    """Partial attention of one item and one tile of queries.
+
+    A loop over several items would let the compiler hoist every branch's addresses out of it, at 255 registers.
 
     Writes per item and tile: acc float32 [NH, DV], stats float32 [2, NH]: the reference that exponents were taken to,
     and the sum of exponentials.
     """
-    share, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    wide_tiles = tl.zeros([], tl.int64) + tiles
-    for item in range(tl.load(shares_ptr + share), tl.load(shares_ptr + share + 1)):
-        entry = items_ptr + item * ITEM_FIELDS
-        row, tier = tl.load(entry), tl.load(entry + 1)
-        first, count = tl.load(entry + 2), tl.load(entry + 3)
-        unit = wide_tiles * item + tile
-        query = row.to(tl.int64) * tiles + tile
-        acc, stats = acc_ptr + unit * NH * DV, stats_ptr + unit * 2 * NH
-        if count == 0:
-            tl.store(stats + tl.arange(0, NH), tl.full([NH], NOWHERE, tl.float32))
-            tl.store(stats + NH + tl.arange(0, NH), tl.zeros([NH], tl.float32))
-        elif tier == 0:
-            ids = ids_ptr + row.to(tl.int64) * table_width + first
+    item, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    entry = items_ptr + item * ITEM_FIELDS
+    row, tier = tl.load(entry), tl.load(entry + 1)
+    first, count = tl.load(entry + 2), tl.load(entry + 3)
+    unit, query = tl.program_id(0).to(tl.int64), row.to(tl.int64) * tiles + tile
+    acc, stats = acc_ptr + unit * NH * DV, stats_ptr + unit * 2 * NH
+    whole, split = whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE
+    terms = terms_ptr + query * 3 * NH
+    if count == 0:
+        tl.store(stats + tl.arange(0, NH), tl.full([NH], NOWHERE, tl.float32))
+        tl.store(stats + NH + tl.arange(0, NH), tl.zeros([NH], tl.float32))
+    elif tier == 0:
+        _attend_pages(
+            whole, split, terms, ids_ptr + row.to(tl.int64) * table_width + first,
+            tl.load(lengths_ptr + row * 2) - first * HIGH.tokens, count, chunks_ptr, acc, stats, softcap,
+            HIGH, 1, NH, DV, WIDE, CAPPED, FULL, STAGES, W,
+        )  # fmt: skip
+    else:
+        if LOW is not None and tier == 1:
             _attend_pages(
-                whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE,
-                terms_ptr + query * 3 * NH, ids, tl.load(lengths_ptr + row * 2) - first * HIGH.tokens, count, chunks_ptr,
-                acc, stats, softcap, HIGH, 1, NH, DV, WIDE, CAPPED, FULL, STAGES, W,
+                whole, split, terms, ids_ptr + (row.to(tl.int64) + 1) * table_width - 1 - first,
+                tl.load(lengths_ptr + row * 2 + 1) - first * LOW.tokens, count, chunks_ptr, acc, stats, softcap,
+                LOW, -1, NH, DV, WIDE, CAPPED, FULL, STAGES_LOW, W,
             )  # fmt: skip
         else:
-            if LOW is not None and tier == 1:
-                ids = ids_ptr + (row.to(tl.int64) + 1) * table_width - 1 - first
-                _attend_pages(
-                    whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE,
-                    terms_ptr + query * 3 * NH, ids, tl.load(lengths_ptr + row * 2 + 1) - first * LOW.tokens, count,
-                    chunks_ptr, acc, stats, softcap, LOW, -1, NH, DV, WIDE, CAPPED, FULL, STAGES_LOW, W,
-                )  # fmt: skip
-            else:
-                batch = row // heads
-                plain = q_ptr + batch * stride_batch + (row % heads) * (columns // queries) * stride_head
-                line = row.to(tl.int64) * capacity
-                _attend_window(
-                    plain, window_k_ptr + line * D, window_v_ptr + line * DV, tl.load(counts_ptr + batch).to(tl.int32),
-                    first * WINDOW_STEP, count, tile * NH, queries, columns, stride_head, stride_query,
-                    acc, stats, scale, softcap, NH, D, DV, WIDE, WIDE_V, CAPPED, FULL, W,
-                )  # fmt: skip
+            batch = row // heads
+            plain = q_ptr + batch * stride_batch + (row % heads) * (columns // queries) * stride_head
+            line = row.to(tl.int64) * capacity
+            _attend_window(
+                plain, window_k_ptr + line * D, window_v_ptr + line * DV, tl.load(counts_ptr + batch).to(tl.int32),
+                first * WINDOW_STEP, count, tile * NH, queries, columns, stride_head, stride_query,
+                acc, stats, scale, softcap, NH, D, DV, WIDE, WIDE_V, CAPPED, FULL, W,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """The decode step's work, laid out at a flush and used until the next: who reads which pages, and where results go.
 
-All rows' pages and windows lie one behind the other, row by row, tier by tier; their bytes are cut into equal shares, one
-per program. A work item is a piece between two cuts or borders of rows and tiers, so there are always
-rows * (tiers + 1) + shares - 1 of them (some empty), which the host knows without asking the device.
+All rows' pages and windows lie one behind the other, row by row, tier by tier; their bytes are cut into equal shares. A
+work item is a piece between two cuts or borders of rows and tiers, so there are always rows * (tiers + 1) + shares - 1 of
+them (some empty), which the host knows without asking the device: one program each.
 """
 
 from __future__ import annotations
@@ -73,9 +73,8 @@ class StepPlan:
         columns: query heads per KV head x queries.
         capacity: tokens that a row's window may hold.
         dtype: the model's.
-        shares: into how many shares the bytes are cut; each has `tiles` programs, one per 8 columns.
+        shares: into how many shares the bytes are cut, so that all items' programs run at once where rows are few.
         items: int32 [items, 4]: row, tier (the window is the last), first page or window step, how many.
-        starts: int32 [shares + 1], first item of every share.
         offsets: int32 [rows + 1], first item of every row.
         space: where partial results go.
     """
@@ -90,14 +89,13 @@ class StepPlan:
     programs: int
     warps: int = WARPS
     items: Tensor = field(init=False)
-    starts: Tensor = field(init=False)
     offsets: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         value_dim = self.layouts[0].value.dim
         key_dim = self.layouts[0].key.dim
         empty = functools.partial(torch.empty, dtype=torch.int32, device=self.device)
-        self.items, self.starts, self.offsets = empty(self.count, 4), empty(self.shares + 1), empty(self.rows + 1)
+        self.items, self.offsets = empty(self.count, 4), empty(self.rows + 1)
         units, tiles = self.count * self.tiles, self.rows * self.tiles
         entries = tiles * 2 * COLUMNS * power_of_two(key_dim)
         self.space.reserve(
@@ -114,7 +112,8 @@ class StepPlan:
 
     @property
     def shares(self) -> int:
-        return max(1, self.programs // self.tiles)
+        places = self.programs // self.tiles
+        return max(1, places - self.rows * self.pieces, places // 2)
 
     @property
     def pieces(self) -> int:
@@ -129,7 +128,7 @@ class StepPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the plan's own tensors, without the workspace."""
-        return self.items.nbytes + self.starts.nbytes + self.offsets.nbytes
+        return self.items.nbytes + self.offsets.nbytes
 
     def refresh(self, lengths: Tensor) -> None:
         """Lay the work out anew, in place and without synchronisation.
@@ -161,9 +160,8 @@ class StepPlan:
         last = length[owner]
         last[:-1] = torch.where(owner[1:] == owner[:-1], first[1:], last[:-1])
         self.items.copy_(torch.stack([owner // self.pieces, owner % self.pieces, first, last - first], 1))
-        self.starts[1:-1] = at_cut
         self.offsets[:-1] = at_piece[:: self.pieces]
-        self.starts[0], self.starts[-1], self.offsets[-1] = 0, self.count, self.count
+        self.offsets[-1] = self.count
 
     @functools.cached_property
     def _bytes(self) -> Tensor:
