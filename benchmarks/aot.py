@@ -2,7 +2,7 @@
 
 For each build: registers, spills, shared memory, 128-bit asynchronous copies and tensor-core instructions of the hot loops,
 instructions per code (K and V, as executed by the lanes of one loop iteration), and the share of all issue slots that they
-take while the device reads at full bandwidth: above 100 % a kernel cannot reach it, whatever else it does well.
+take while the device passes over the pages at full bandwidth: above 100 % a kernel cannot, whatever else it does well.
 
 `--check` exits with 1 where a build does not compile or spills, or where a decode loop is over a limit.
 """
@@ -89,7 +89,7 @@ def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf1
     strides = ("stride_batch", "stride_head", "stride_query")
     numbers = ("table_width", "heads", "queries", "columns", "tiles", "capacity", *strides)
     loops = tuple(
-        (name, warps * tokens * (layout.key.dim + layout.value.dim), warps * read_bytes(layout))
+        (name, warps * tokens * (layout.key.dim + layout.value.dim), warps * layout.page_bytes)
         for name, layout in zip(names, layouts, strict=True)
         if layout.key.bits and not full
     )
@@ -144,11 +144,6 @@ def combine(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
         constants=dict(NH=COLUMNS, DV=dim, WIDE_V=power_of_two(dim), BLOCK=32, STEP=16),
         warps=4,
     )
-
-
-def read_bytes(layout: PageLayout) -> int:
-    """Bytes of a page that attention reads: all but scores and births."""
-    return layout.fields["value_zero"][1]
 
 
 K8V4, K4V4, K4V2 = (8, 4), (4, 4), (4, 2)

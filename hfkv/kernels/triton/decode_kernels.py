@@ -188,24 +188,24 @@ def decode_items(
     entry = items_ptr + item * ITEM_FIELDS
     row, tier = tl.load(entry), tl.load(entry + 1)
     first, count = tl.load(entry + 2), tl.load(entry + 3)
-    unit, query = tl.program_id(0).to(tl.int64), row.to(tl.int64) * tiles + tile
-    acc, stats = acc_ptr + unit * NH * DV, stats_ptr + unit * 2 * NH
+    query = row.to(tl.int64) * tiles + tile
     whole, split = whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE
     terms = terms_ptr + query * 3 * NH
     if count == 0:
+        acc, stats = _partial(acc_ptr, stats_ptr, NH, DV)
         tl.store(stats + tl.arange(0, NH), tl.full([NH], NOWHERE, tl.float32))
         tl.store(stats + NH + tl.arange(0, NH), tl.zeros([NH], tl.float32))
     elif tier == 0:
         _attend_pages(
             whole, split, terms, ids_ptr + row.to(tl.int64) * table_width + first,
-            tl.load(lengths_ptr + row * 2) - first * HIGH.tokens, count, chunks_ptr, acc, stats, softcap,
+            tl.load(lengths_ptr + row * 2) - first * HIGH.tokens, count, chunks_ptr, acc_ptr, stats_ptr, softcap,
             HIGH, 1, NH, DV, WIDE, CAPPED, FULL, STAGES, W,
         )  # fmt: skip
     else:
         if LOW is not None and tier == 1:
             _attend_pages(
                 whole, split, terms, ids_ptr + (row.to(tl.int64) + 1) * table_width - 1 - first,
-                tl.load(lengths_ptr + row * 2 + 1) - first * LOW.tokens, count, chunks_ptr, acc, stats, softcap,
+                tl.load(lengths_ptr + row * 2 + 1) - first * LOW.tokens, count, chunks_ptr, acc_ptr, stats_ptr, softcap,
                 LOW, -1, NH, DV, WIDE, CAPPED, FULL, STAGES_LOW, W,
             )  # fmt: skip
         else:
@@ -215,8 +215,15 @@ def decode_items(
             _attend_window(
                 plain, window_k_ptr + line * D, window_v_ptr + line * DV, tl.load(counts_ptr + batch).to(tl.int32),
                 first * WINDOW_STEP, count, tile * NH, queries, columns, stride_head, stride_query,
-                acc, stats, scale, softcap, NH, D, DV, WIDE, WIDE_V, CAPPED, FULL, W,
+                acc_ptr, stats_ptr, scale, softcap, NH, D, DV, WIDE, WIDE_V, CAPPED, FULL, W,
             )  # fmt: skip
+
+
+@triton.jit
+def _partial(acc_ptr, stats_ptr, NH: tl.constexpr, DV: tl.constexpr):
+    """Where this program's results go; asked for at the end, to keep two addresses out of the loops' registers."""
+    unit = tl.program_id(0).to(tl.int64)
+    return acc_ptr + unit * NH * DV, stats_ptr + unit * 2 * NH
 
 
 @triton.jit
@@ -294,7 +301,7 @@ def _attend_run(
     a0 = tl.zeros([W, BLOCK_V, NH], tl.float32)
     a1, a2, a3 = a0, a0, a0
     steps = (pages + W - 1) // W
-    first, second, third, fourth = _addresses(ids_ptr, 0, pages, chunks_ptr, PAGE, SIGN, W)
+    first, second, third, fourth = _addresses(ids_ptr, 0, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
     for step in tl.range(0, steps, num_stages=STAGES):
         page = _of_warps(first, second, third, fourth, W)
         k = load_keys(page, order, PAGE, dtype)
@@ -308,7 +315,7 @@ def _attend_run(
         z_row = v
         if VALUE.kind == 1:
             z_row = load_value_zeros(page, PAGE, ZERO_ROWS)
-        first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W)
+        first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
 
         x = _key_product(q0, q1, q2, q3, k, k_top, KEY, NH, FULL, W, P)
         s = _scores(x, ks, kz, total, KEY, FULL, PRODUCT, W, P) + added
@@ -357,6 +364,7 @@ def _attend_run(
     top = tl.max(m, 0)
     f = tl.exp2((m - top[None, :]) * gain[None, :])
     zero = (tl.sum(tl.max(z, 1) * f, 0) * shift)[None, :]
+    acc_ptr, stats_ptr = _partial(acc_ptr, stats_ptr, NH, DV)
     _store_slice(acc_ptr, a0, f, zero, shift, 0, VALUE, NH, DV, FULL)
     if VALUE.slices >= 2:
         _store_slice(acc_ptr, a1, f, zero, shift, 1, VALUE, NH, DV, FULL)
@@ -382,15 +390,28 @@ def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, 
 
 
 @triton.jit
-def _addresses(ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr):
-    """Addresses of the pages of one step, as scalars: vectors would be loaded once per layout that they meet."""
-    first = page_address(ids_ptr, SIGN * tl.minimum(step * W, pages - 1), chunks_ptr, PAGE)
-    second, third, fourth = first, first, first
-    if W >= 2:
-        second = page_address(ids_ptr, SIGN * tl.minimum(step * W + 1, pages - 1), chunks_ptr, PAGE)
-    if W == 4:
-        third = page_address(ids_ptr, SIGN * tl.minimum(step * W + 2, pages - 1), chunks_ptr, PAGE)
-        fourth = page_address(ids_ptr, SIGN * tl.minimum(step * W + 3, pages - 1), chunks_ptr, PAGE)
+def _addresses(ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Addresses of the pages of one step, as scalars: vectors would be loaded once per layout that they meet.
+
+    Behind the end it is the last step's, or the last page where a step may have fewer pages than warps.
+    """
+    if MASKED:
+        first = page_address(ids_ptr + SIGN * tl.minimum(step * W, pages - 1), 0, chunks_ptr, PAGE)
+        second, third, fourth = first, first, first
+        if W >= 2:
+            second = page_address(ids_ptr + SIGN * tl.minimum(step * W + 1, pages - 1), 0, chunks_ptr, PAGE)
+        if W == 4:
+            third = page_address(ids_ptr + SIGN * tl.minimum(step * W + 2, pages - 1), 0, chunks_ptr, PAGE)
+            fourth = page_address(ids_ptr + SIGN * tl.minimum(step * W + 3, pages - 1), 0, chunks_ptr, PAGE)
+    else:
+        ids_ptr += SIGN * tl.minimum(step * W, pages - W)
+        first = page_address(ids_ptr, 0, chunks_ptr, PAGE)
+        second, third, fourth = first, first, first
+        if W >= 2:
+            second = page_address(ids_ptr, SIGN, chunks_ptr, PAGE)
+        if W == 4:
+            third = page_address(ids_ptr, 2 * SIGN, chunks_ptr, PAGE)
+            fourth = page_address(ids_ptr, 3 * SIGN, chunks_ptr, PAGE)
     return first, second, third, fourth
 
 
@@ -613,6 +634,7 @@ def _attend_window(
     top = tl.max(m, 0)
     f = tl.exp2(m - top[None, :])
     out = tl.sum(a * f[:, None, :], 0)
+    acc_ptr, stats_ptr = _partial(acc_ptr, stats_ptr, NH, DV)
     tl.store(acc_ptr + i_n[None, :] * DV + o_v[:, None], out, mask=(o_v < DV)[:, None] & (i_n >= 0)[None, :])
     tl.store(stats_ptr + i_n, top - 8.0)
     tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))

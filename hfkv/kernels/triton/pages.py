@@ -118,22 +118,27 @@ def _side(layout: PageLayout, name: str) -> Side:
 
 
 @triton.jit
-def page_address(ids_ptr, index, chunks_ptr, PAGE: tl.constexpr):
-    """Byte address int64 of the page `ids_ptr[index]`, through the table of chunk addresses."""
-    page = _load_scalar(ids_ptr + index, tl.int32)
-    chunk = _load_scalar(chunks_ptr + (page >> SLOT_BITS), tl.int64)
-    return chunk + (page & SLOT_MASK).to(tl.int64) * PAGE.bytes
+def page_address(id_ptr, OFFSET: tl.constexpr, chunks_ptr, PAGE: tl.constexpr):
+    """Byte address int64 of the page `id_ptr[OFFSET]`, through the table of chunk addresses.
 
-
-@triton.jit
-def _load_scalar(ptr, dtype: tl.constexpr):
-    """One number; by assembly, since a loop's pipeline would take it through shared memory and three barriers."""
+    By assembly, since a loop's pipeline would take both loads through shared memory and three barriers.
+    """
+    BYTES: tl.constexpr = PAGE.bytes
     if PLAIN:
-        return tl.load(ptr)
-    elif dtype == tl.int32:
-        return tl.inline_asm_elementwise("ld.global.nc.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1)
+        page = tl.load(id_ptr + OFFSET)
+        return tl.load(chunks_ptr + (page >> SLOT_BITS)) + (page & SLOT_MASK).to(tl.int64) * BYTES
     else:
-        return tl.inline_asm_elementwise("ld.global.nc.b64 $0, [$1];", "=l,l", [ptr], dtype=tl.int64, is_pure=True, pack=1)
+        AT: tl.constexpr = 4 * OFFSET
+        return tl.inline_asm_elementwise(
+            f"""{{ .reg .b32 p, c; .reg .b64 a; ld.global.nc.b32 p, [$1 + {AT}];
+            shr.u32 c, p, {SLOT_BITS}; mad.wide.u32 a, c, 8, $2; ld.global.nc.b64 a, [a];
+            and.b32 p, p, {SLOT_MASK}; mad.wide.u32 $0, p, {BYTES}, a; }}""",
+            "=l,l,l",
+            [id_ptr.to(tl.int64), chunks_ptr.to(tl.int64)],
+            dtype=tl.int64,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
