@@ -15,7 +15,7 @@ GPU_PARTS = decode prompt flush generate long
 GPU_SECONDS ?= 480
 GPU_BENCH ?=
 
-.PHONY: demo test test-oldest lint bench-accuracy bench-decode bench-memory clean
+.PHONY: demo test test-oldest lint aot bench-accuracy bench-decode bench-memory clean
 .PHONY: gpu gpu-tests gpu-tests-torch $(GPU_PARTS:%=gpu-bench-%)
 
 $(VENV)/installed: pyproject.toml Makefile
@@ -48,6 +48,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Machine code of the kernels for every architecture, without a GPU; AOT="--ci" for the few that guard the limits.
+aot: $(VENV)/installed
+	$(BIN)/python benchmarks/aot.py --check $(AOT)
 
 bench-accuracy: $(VENV)/model
 	$(BIN)/python benchmarks/accuracy.py

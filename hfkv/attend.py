@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from hfkv.kernels.decode_attention import ExactKeys, JointLogits, WorkList, exac
 from hfkv.kernels.prompt_attention import prompt_attention
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.window import Window
+
+if TYPE_CHECKING:
+    from hfkv.paging.packed import PackedLayer
 
 CHUNK_LOGITS = 1 << 24
 """Logits of one block of a long chunk's queries, at most."""
@@ -35,12 +39,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Past:
-    """What a layer holds at some moment; it stays readable while tokens are only appended."""
+    """What a layer holds at some moment; it stays readable while tokens are only appended.
+
+    `packed` is the layer itself, as it is by now.
+    """
 
     work: WorkList
     basis: Basis
     window: Window
     fill: Fill
+    packed: PackedLayer | None = None
 
 
 def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:

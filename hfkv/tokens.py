@@ -158,7 +158,7 @@ class LayerTokens:
 
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""
-        return Past(self.packed.work(), self.packed.basis, self.window, self.fill)
+        return Past(self.packed.work(), self.packed.basis, self.window, self.fill, self.packed)
 
     # ---- fewer tokens ------------------------------------------------------------------------------------------------
 

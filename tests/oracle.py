@@ -13,14 +13,16 @@ from hfkv.paging.rows import Incoming
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, Codec, PageLayout, rotation
 
 
-def make_layer(counts, tiers, key_dim, value_dim, tokens=32, codec="fitted", rotate=True, shift=True, seed=0):
+def make_layer(
+    counts, tiers, key_dim, value_dim, tokens=32, codec="fitted", rotate=True, shift=True, seed=0, dtype=torch.float32
+):
     """A packed layer whose row r holds counts[r][t] tokens in tier t."""
     generator = torch.Generator().manual_seed(seed)
     pool, rows = PagePool("cpu"), len(counts)
     layouts = [
         PageLayout(
-            Codec.of(t, "key", key_dim, torch.float32, codec),
-            Codec.of(t, "value", value_dim, torch.float32, codec),
+            Codec.of(t, "key", key_dim, dtype, codec),
+            Codec.of(t, "value", value_dim, dtype, codec),
             tokens,
             True,
         )

@@ -20,6 +20,8 @@ WORD = 8
 CHUNK_RANGE = (32 << 10, 1 << 20)
 MIN_PAGES = 8
 CHUNK_GRANULE = 1 << 10
+ALIGNMENT = 16
+"""Chunks and pages begin at multiples of 16 bytes, which one load of a kernel takes."""
 
 
 class OutOfPages(RuntimeError):
@@ -261,7 +263,7 @@ class PagePool:
         target = max(min(target, min(pages) << SLOT_BITS), MIN_PAGES * max(pages))
         candidates = range(target, target + max(target // 2, max(pages)) + 1, CHUNK_GRANULE)
         self.chunk_bytes = (
-            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // WORD * WORD
+            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // ALIGNMENT * ALIGNMENT
         )
         for page_class in self._classes:
             page_class.per_chunk = min(self.chunk_bytes // page_class.layout.page_bytes, 1 << SLOT_BITS)

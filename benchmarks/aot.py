@@ -1,0 +1,286 @@
+"""Compile the kernels ahead of time for every architecture and look at their machine code. No GPU is needed.
+
+For each build: registers, spills, shared memory, 128-bit asynchronous copies and tensor-core instructions of the hot loops,
+instructions per code (K and V, as executed by the lanes of one loop iteration), and the share of all issue slots that they
+take while the device passes over the pages at full bandwidth: above 100 % a kernel cannot, whatever else it does well.
+
+`--check` exits with 1 where a build does not compile or spills, or where a decode loop is over a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels do not compile
+
+import torch
+import triton
+from rows import RESULTS, merge_csv
+from sass import Code, Loop, disassemble
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hfkv.config import Tier
+from hfkv.kernels.triton import decode_kernels
+from hfkv.kernels.triton.pages import pages_of
+from hfkv.kernels.triton.work import COLUMNS, WARPS, power_of_two, stages_of
+from hfkv.quant import Codec, PageLayout
+
+BYTES_PER_CLOCK = {80: 1.94e12 / 108 / 1.41e9, 90: 4.8e12 / 132 / 1.98e9, 100: 8.0e12 / 148 / 1.85e9}
+"""Device memory per multiprocessor: A100, H200, B200. Four instructions can be issued per clock."""
+
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that one program may have."""
+
+MAX_PER_CODE, MAX_ISSUE = 1.5, 0.5
+TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel compiled for one architecture.
+
+    Attributes:
+        name: what is compiled, for people.
+        kernel, arch: the Triton function, and the target.
+        types: Triton type of every argument that is not a constant; pointers are taken to be aligned to 16 bytes.
+        constants: value of every constant argument.
+        warps: per program.
+        aligned: arguments besides pointers that are multiples of 16.
+        loops: per hot loop, its name, its codes and its bytes per iteration, in the order of their code.
+        held: whether the limits on hot loops and spills hold for it.
+    """
+
+    name: str
+    kernel: Any
+    arch: int
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    aligned: tuple[str, ...] = ()
+    loops: tuple[tuple[str, int, int], ...] = ()
+    held: bool = True
+
+
+# ---- what is compiled --------------------------------------------------------------------------------------------------
+
+
+def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf16", tokens: int = 64, codec: str = "fitted",
+           capped: bool = False, warps: int = WARPS, held: bool = True) -> Build:  # fmt: skip
+    """The decode kernel over one or two tiers and the window."""
+    layouts = [
+        PageLayout(*(Codec.of(t, side, dim, TORCH[dtype], codec) for side in ("key", "value")), tokens, True)
+        for t in tiers
+    ]
+    full, wide = dtype == "fp32", power_of_two(dim)
+    stages = stages_of(full)
+    names = ["exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers]
+    extras = [codec] * (codec != "fitted") + [dtype] * (dtype != "bf16") + ["softcap"] * capped
+    pointers = {"q_ptr": dtype, "whole_ptr": "i8", "split_ptr": dtype, "terms_ptr": "fp32", "ids_ptr": "i32",
+                "lengths_ptr": "i32", "chunks_ptr": "i64", "items_ptr": "i32", "window_k_ptr": dtype,
+                "window_v_ptr": dtype, "counts_ptr": "i64", "acc_ptr": "fp32", "stats_ptr": "fp32"}  # fmt: skip
+    strides = ("stride_batch", "stride_head", "stride_query")
+    numbers = ("table_width", "heads", "queries", "columns", "tiles", "capacity", *strides)
+    loops = tuple(
+        (name, warps * tokens * (layout.key.dim + layout.value.dim), warps * layout.page_bytes)
+        for name, layout in zip(names, layouts, strict=True)
+        if layout.key.bits and not full
+    )
+    return Build(
+        name=" ".join(["decode", "/".join(names), f"D{dim}", f"P{tokens}", *extras]),
+        kernel=decode_kernels.decode_items,
+        arch=arch,
+        types={name: f"*{kind}" for name, kind in pointers.items()}
+        | {"scale": "fp32", "softcap": "fp32"}
+        | {name: "i32" for name in numbers},
+        constants=dict(
+            HIGH=pages_of(layouts[0]), LOW=pages_of(layouts[1]) if len(layouts) == 2 else None, NH=COLUMNS, D=dim, DV=dim,
+            WIDE=wide, WIDE_V=wide, CAPPED=capped, FULL=full, STAGES=stages[0], STAGES_LOW=stages[1], W=warps,
+        ),
+        warps=4 * warps if full else warps,
+        aligned=strides,
+        loops=loops,
+        held=held,
+    )  # fmt: skip
+
+
+def prepare(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
+    """The kernel that makes queries the operands of pages."""
+    pointers = {"q_ptr": dtype, "rotation_ptr": "fp32", "mean_ptr": "fp32", "whole_ptr": "i8", "split_ptr": dtype,
+                "terms_ptr": "fp32"}  # fmt: skip
+    strides = ("stride_batch", "stride_head", "stride_query")
+    return Build(
+        name=f"prepare D{dim}",
+        kernel=decode_kernels.prepare_queries,
+        arch=arch,
+        types={name: f"*{kind}" for name, kind in pointers.items()}
+        | {"scale": "fp32"}
+        | {name: "i32" for name in ("heads", "queries", "columns", "tiles", *strides)},
+        constants=dict(
+            NH=COLUMNS, D=dim, BLOCK=32, WIDE=power_of_two(dim), CODED=True, SPLIT=False, FULL=dtype == "fp32"
+        ),
+        warps=4,
+        aligned=strides,
+    )
+
+
+def combine(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
+    """The kernel that merges a row's items."""
+    pointers = {"acc_ptr": "fp32", "stats_ptr": "fp32", "items_ptr": "i32", "offsets_ptr": "i32", "rotation_ptr": "fp32",
+                "sinks_ptr": "fp32", "out_ptr": dtype}  # fmt: skip
+    return Build(
+        name=f"combine D{dim}",
+        kernel=decode_kernels.combine_items,
+        arch=arch,
+        types={name: f"*{kind}" for name, kind in pointers.items()}
+        | {name: "i32" for name in ("window", "heads", "queries", "columns", "tiles")},
+        constants=dict(NH=COLUMNS, DV=dim, WIDE_V=power_of_two(dim), BLOCK=32, STEP=16),
+        warps=4,
+    )
+
+
+K8V4, K4V4, K4V2 = (8, 4), (4, 4), (4, 2)
+
+
+def builds(ci: bool) -> Iterator[Build]:
+    """Everything that is compiled; an entry per kernel and case. With `ci` the few that guard the limits."""
+    for arch in (90, 80, 89, 100, 120):
+        yield decode((K8V4, K4V2), arch)
+        yield prepare(arch)
+        yield combine(arch)
+    yield decode((K8V4,), 90)
+    yield decode((K8V4, K4V2), 90, tokens=32)
+    yield decode((K8V4, K4V2), 90, dim=64)
+    yield decode(("exact",), 90)
+    if ci:
+        return
+    for arch in (90, 80):
+        yield decode((K8V4, K4V2), arch, capped=True)
+        yield decode((K8V4, K4V2), arch, dim=256, held=False)
+        yield decode((K8V4, K4V2), arch, dim=96)
+        yield decode((K8V4, K4V2), arch, codec="minmax")
+        yield decode((K4V4, (3, 3)), arch, held=False)
+        yield decode(("exact", K4V2), arch)
+        yield decode((K8V4, K4V2), arch, dim=64, tokens=32, dtype="fp32", held=False)
+        yield decode((K8V4, K4V2), arch, warps=4)
+        yield decode((K8V4, K4V2), arch, warps=1)
+
+
+# ---- compiling and looking ---------------------------------------------------------------------------------------------
+
+
+def compiled(build: Build) -> tuple[Code, int]:
+    """A build's machine code, and its bytes of shared memory."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        if name in build.constants:
+            signature[name], constants[(i,)] = "constexpr", build.constants[name]
+            continue
+        signature[name] = build.types[name]
+        if build.types[name].startswith("*") or name in build.aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options={"num_warps": build.warps})
+    return disassemble(made.asm["cubin"]), made.metadata.shared
+
+
+def hot_loops(build: Build, code: Code) -> list[Loop]:
+    """The page loops of a build without masks, one per entry of `build.loops`: a mask makes the longer of two."""
+    found = [loop for loop in code.loops if any(op.startswith("IMMA") for op in loop.products)]
+    groups: dict[tuple[int, ...], list[Loop]] = {}
+    for loop in found:
+        groups.setdefault((loop.wide_async, *sorted(loop.products.values())), []).append(loop)
+    fastest = [min(group, key=lambda loop: loop.size) for group in groups.values()]
+    return sorted(fastest, key=lambda loop: -loop.wide_async)
+
+
+def measure_nth(ci: bool, index: int) -> list[dict[str, Any]]:
+    """`measure` of one of `builds`, for another process: kernels cannot be sent to it."""
+    return measure(list(builds(ci))[index])
+
+
+def measure(build: Build) -> list[dict[str, Any]]:
+    """One row per hot loop, or one for a build without any."""
+    common: dict[str, Any] = {"build": build.name, "warps": build.warps, "sm": build.arch}
+    try:
+        code, shared = compiled(build)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        return [common | {"loop": "", "error": (text[-1] if text else type(error).__name__)[:120]}]
+    common |= {"registers": code.registers, "spills": code.spills, "shared": shared, "size": code.size}
+    rows = []
+    loops = hot_loops(build, code)
+    if len(loops) != len(build.loops):
+        return [common | {"loop": "", "error": f"{len(loops)} page loops where {len(build.loops)} were expected"}]
+    for (name, codes, read), loop in zip(build.loops, loops, strict=True):
+        executed = loop.size * build.warps  # of warps, per iteration
+        row = common | {
+            "loop": name,
+            "instructions": loop.size,
+            "per_code": f"{executed * 32 / codes:.3f}",
+            "wide_loads": loop.wide_async,
+            "products": " ".join(f"{n} {op}" for op, n in sorted(loop.products.items())),
+        }
+        if build.arch in BYTES_PER_CLOCK:
+            row["issue_share"] = f"{executed / 4 / (read / BYTES_PER_CLOCK[build.arch]):.3f}"
+        rows.append(row)
+    return rows or [common | {"loop": ""}]
+
+
+def faults(build: Build, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What is over a limit."""
+    where = f"{build.name} sm_{build.arch}"
+    for row in rows:
+        if "error" in row:
+            yield f"{where}: {row['error']}"
+            continue
+        if row["shared"] > SHARED[build.arch] << 10:
+            yield f"{where}: {row['shared']:,} bytes of shared memory do not fit"
+        if not build.held:
+            continue
+        if row["spills"]:
+            yield f"{where}: {row['spills']} spill instructions"
+        strict = build.arch in (80, 90) and " D128 P64" in build.name and row["loop"] in ("K8V4", "K4V2")
+        if strict and float(row["per_code"]) > MAX_PER_CODE:
+            yield f"{where} {row['loop']}: {row['per_code']} instructions per code, more than {MAX_PER_CODE}"
+        if strict and build.arch == 90 and float(row["issue_share"]) > MAX_ISSUE:
+            yield f"{where} {row['loop']}: {row['issue_share']} of the issue slots, more than {MAX_ISSUE}"
+        if row["loop"] and not row["wide_loads"]:
+            yield f"{where} {row['loop']}: codes do not come by 128-bit asynchronous copies"
+
+
+COLUMNS_SHOWN = ("build", "warps", "sm", "loop", "registers", "spills", "shared", "size", "instructions", "per_code",
+                 "issue_share", "wide_loads", "products", "error")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is passed")
+    parser.add_argument("--ci", action="store_true", help="only the builds that guard the limits")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at once")
+    arguments = parser.parse_args()
+    todo, wrong, table, begin = list(builds(arguments.ci)), [], [], time.monotonic()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        done = pool.map(measure_nth, [arguments.ci] * len(todo), range(len(todo)))
+        for build, rows in zip(todo, done, strict=True):
+            for row in rows:
+                table.append({column: row.get(column, "") for column in COLUMNS_SHOWN})
+                shown = (f"{column} {row[column]}" for column in COLUMNS_SHOWN[4:] if row.get(column, "") != "")
+                print(f"{build.name}, {build.warps} warps, sm_{build.arch} {row['loop']}: {', '.join(shown)}", flush=True)
+            wrong += faults(build, rows)
+    merge_csv(RESULTS / "aot.csv", table, by=("build", "warps", "sm", "loop"))
+    print(f"{len(todo)} builds in {time.monotonic() - begin:.0f} s; triton {triton.__version__}")
+    for text in wrong:
+        print(f"over a limit: {text}", file=sys.stderr)
+    return 1 if arguments.check and wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
