@@ -35,7 +35,9 @@ CASES = [
 
 @pytest.mark.parametrize("counts, tiers, dims, page, codec, groups, queries, dtype, softcap, sinks", CASES)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-def test_a_continued_prompt(counts, tiers, dims, page, codec, groups, queries, dtype, softcap, sinks, padded, monkeypatch):
+def test_a_continued_prompt(
+    counts, tiers, dims, page, codec, groups, queries, dtype, softcap, sinks, padded, monkeypatch
+):
     monkeypatch.setattr(chunk_attention, "BLOCK_ROWS", 64)  # several passes
     monkeypatch.setattr(chunk_attention, "PROGRAMS", 64)
     monkeypatch.setattr(chunk_attention, "TILES_EACH", 1)  # several parts
@@ -74,7 +76,7 @@ def test_a_continued_prompt(counts, tiers, dims, page, codec, groups, queries, d
 
 
 def test_pages_stay_readable_while_tokens_are_appended():
-    layer, k, v = make_layer([(40, 90)], ((8, 4), (4, 2)), 64, 64)
+    layer, _, _ = make_layer([(40, 90)], ((8, 4), (4, 2)), 64, 64)
     pages = Pages.of(layer)
     q = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1))
     before = chunk_attention.attend_pages(pages, q, None, 0.2, None, False)

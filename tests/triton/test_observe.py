@@ -59,8 +59,8 @@ def check_prompt(batch, heads, groups, dim, tokens, queries, count, softcap, sin
 STORED = [
     # tokens per row and tier, tiers, key dim, page tokens, codec, groups, queries, dtype, softcap, sinks
     pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 32, "fitted", 1, 1, torch.float32, None, False, id="one-token"),
-    pytest.param([(63, 111), (0, 0), (5, 300), (0, 1)], ((8, 4), (4, 2)), 80, 64, "fitted", 3, 8, torch.float32, None, True,
-                 id="empty-row-D80-G3"),
+    pytest.param([(63, 111), (0, 0), (5, 300), (0, 1)], ((8, 4), (4, 2)), 80, 64, "fitted", 3, 8, torch.float32, None,
+                 True, id="empty-row-D80-G3"),
     pytest.param([(33, 257), (64, 32)], ((8, 4), (3, 2)), 96, 32, "minmax", 7, 5, torch.float32, 5.0, False,
                  id="minmax-K3-D96-G7"),
     pytest.param([(100, 40), (7, 3)], ("exact", (4, 2)), 64, 16, "fitted", 4, 8, torch.float32, None, False,

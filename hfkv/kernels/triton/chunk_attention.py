@@ -1,8 +1,8 @@
 """A long chunk of queries over packed pages of both tiers, over the exact window, and causally over itself.
 
 Pages take the rotated queries and give values in the rotated basis, the exact keys the plain ones: two kernels, joined
-by log-sum-exp once the first result is turned back. A tile of pages is unpacked once for a block of queries of all heads
-of a GQA group; few queries over a long past are split over its tokens.
+by log-sum-exp once the first result is turned back. A tile of pages is unpacked once for a block of queries of all
+heads of a GQA group; few queries over a long past are split over its tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILES_EACH = 8
 
 @triton.jit
 def _attend_packed(
-    acc, m, l, q, added, ids, width, addresses, length, tile, scale, softcap,
+    acc, m, norm, q, added, ids, width, addresses, length, tile, scale, softcap,
     INDEX: tl.constexpr, TIER: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, DOT: tl.constexpr,
     DB: tl.constexpr, DVB: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def _attend_packed(
     shrink = tl.exp2(m - top)
     v = tiles.load_values(page, slot, tl.arange(0, DVB), VALUE, DOT)
     acc = tl.dot(p.to(DOT), tl.trans(v), acc * shrink[:, None], input_precision="ieee")
-    return acc, top, l * shrink + tl.sum(p, 1)
+    return acc, top, norm * shrink + tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["width", "count"])
@@ -58,7 +58,7 @@ def attend_pages_forward(
     D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
-    """Output [parts, rows, count, DV] and log-sum-exp [parts, rows, count] of q [rows, count, D] over the packed tokens.
+    """Output [parts, rows, count, DV] and log-sum-exp [parts, rows, count] of q [rows, count, D] over packed tokens.
 
     A program is (block of BM queries, row, part); the parts divide the tiles of a row evenly.
     """
@@ -81,26 +81,26 @@ def attend_pages_forward(
 
     acc = tl.zeros((BM, DVB), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
-    l = tl.zeros((BM,), tl.float32)
+    norm = tl.zeros((BM,), tl.float32)
     rows = tl.load(q + at[:, None] * D + feature[None, :], mask=inside, other=0.0).to(DOT0)
     low, high = section(first, end, 0, count0)
     for tile in range(low, high):
-        acc, top, l = _attend_packed(
-            acc, top, l, rows, added, ids + row * width, width, addresses, length0, tile, scale, softcap,
+        acc, top, norm = _attend_packed(
+            acc, top, norm, rows, added, ids + row * width, width, addresses, length0, tile, scale, softcap,
             0, T0, K0, V0, DOT0, DB, DVB, BN, SOFTCAP,
         )  # fmt: skip
     if TIERS > 1:
         rows = tl.load(q + at[:, None] * D + feature[None, :], mask=inside, other=0.0).to(DOT1)
         low, high = section(first, end, count0, count1)
         for tile in range(low, high):
-            acc, top, l = _attend_packed(
-                acc, top, l, rows, added, ids + row * width, width, addresses, length1, tile, scale, softcap,
+            acc, top, norm = _attend_packed(
+                acc, top, norm, rows, added, ids + row * width, width, addresses, length1, tile, scale, softcap,
                 1, T1, K1, V1, DOT1, DB, DVB, BN, SOFTCAP,
             )  # fmt: skip
-    acc = acc / tl.where(l > 0, l, 1.0)[:, None]
+    acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     at += tl.num_programs(1).to(tl.int64) * count * part
     tl.store(out + at[:, None] * DV + column[None, :], acc, mask=here[:, None] & (column < DV)[None, :])
-    total = tl.where(l > 0, (top + tl.log2(tl.where(l > 0, l, 1.0))) / LOG2E, float("-inf"))
+    total = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) / LOG2E, float("-inf"))
     tl.store(lse + at, total, mask=here)
 
 
@@ -159,33 +159,32 @@ def attend_chunk(
     Returns:
         (output [batch, q_heads, queries, Dv] in q's dtype, log-sum-exp over all keys [rows, groups, queries] or None).
     """
-    (batch, q_heads, queries, _), heads = q.shape, k.shape[1]
-    packed = pages.ids.shape[1] > 0
-    own, own_lse = prompt_attention(
-        q, k, v, True, scaling, softcap, sinks, valid,
-        window if window[0].shape[2] else None, torch.float32 if packed else None, with_lse or packed,
-    )  # fmt: skip
-    groups = (batch * heads, q_heads // heads, queries)
-    if not packed:
+    (batch, q_heads, queries, _), heads, skipped = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    terms, groups = (scaling, softcap, sinks), (batch * heads, q_heads // heads, queries)
+    before = window if window[0].shape[2] else None
+    if not pages.ids.shape[1]:
+        own, own_lse = prompt_attention(q, k, v, True, *terms, valid, before, None, with_lse)
         return own, None if own_lse is None else own_lse.view(groups)
-    assert own_lse is not None
     out = q.new_empty(batch, queries, q_heads, v.shape[3]).transpose(1, 2)
-    lse = torch.empty_like(own_lse)
+    lse = torch.empty(batch, q_heads, queries, dtype=torch.float32, device=q.device)
     step = max(64, BLOCK_ROWS // (batch * q_heads))
     for first in range(0, queries, step):
         part = slice(first, first + step)
-        rows = q[:, :, part].reshape(batch * heads, -1, q.shape[3])  # [rows, groups * step, D]
-        rotated = basis.rotate_keys(rows)
+        block = q[:, :, part]
+        end = skipped + first + block.shape[2]
+        shown = None if valid is None else valid[:, :end]
+        own, own_lse = prompt_attention(block, k[:, :, :end], v[:, :, :end], True, *terms, shown, before,
+                                        torch.float32, True)  # fmt: skip
+        assert own_lse is not None
+        rotated = basis.rotate_keys(block.reshape(batch * heads, -1, q.shape[3]))  # [rows, groups * step, D]
         constant = basis.constant(rotated)
-        turned, total = attend_pages(pages, rotated, None if constant is None else constant * scaling, scaling, softcap,
-                                     q.dtype != torch.float32)  # fmt: skip
+        constant = None if constant is None else constant * scaling
+        turned, total = attend_pages(pages, rotated, constant, scaling, softcap, q.dtype != torch.float32)
         turned = basis.unrotate_values(turned)
-        shape = (batch, q_heads, rows.shape[1] * heads // q_heads)
         joined, all_lse = _join(
-            turned[None], total[None], own[:, :, part].reshape(turned.shape), own_lse[:, :, part].reshape(total.shape),
-            q.dtype,
-        )  # fmt: skip
-        out[:, :, part], lse[:, :, part] = joined.view(*shape, -1), all_lse.view(shape)
+            turned[None], total[None], own.reshape(turned.shape), own_lse.view(total.shape), q.dtype
+        )
+        out[:, :, part], lse[:, :, part] = joined.view(own.shape), all_lse.view(own_lse.shape)
     return out, lse.view(groups) if with_lse else None
 
 
@@ -203,7 +202,7 @@ def attend_pages(
     """
     rows, count, dim = q.shape
     value_dim = pages.layouts[0].value.dim
-    shape, options = tile_shape(dim, value_dim, half, count)
+    shape, options = tile_shape(dim, value_dim, half, count, tiles.major(q.device))
     blocks = -(-count // shape["BM"])
     parts = min(-(-PROGRAMS // (2 * rows * blocks)), -(-pages.most_tokens // (TILES_EACH * shape["BN"])))
     parts = max(1, min(parts, 64))
@@ -221,17 +220,17 @@ def attend_pages(
     return _join(out, lse, None, None, torch.float32)
 
 
-def tile_shape(dim: int, value_dim: int, half: bool, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tile sizes and launch options of `attend_pages_forward`."""
-    wide = max(power_of_two(dim), power_of_two(value_dim))
+def tile_shape(dim: int, value_dim: int, half: bool, rows: int, major: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tile sizes and launch options of `attend_pages_forward`; `major`: compute capability."""
+    wide, stages = max(power_of_two(dim), power_of_two(value_dim)), 2 if major == 9 else 1
     if not half:
-        block, tokens, warps = (32, 16, 8) if wide > 64 else (32, 32, 8)
+        block, tokens, warps = 32, 16 if wide > 64 else 32, 8
     elif wide > 128:
-        block, tokens, warps = 64, 32, 8
+        block, tokens, warps, stages = 64, 32, 8, 1
     else:
-        block, tokens, warps = (128, 32, 8) if rows > 64 else (64, 32, 4)
+        block, tokens, warps = (128, 64, 8) if rows > 64 else (64, 64, 4)
     shape = {"D": dim, "DB": power_of_two(dim), "DV": value_dim, "DVB": power_of_two(value_dim)}
-    return {**shape, "BM": block, "BN": tokens}, {"num_warps": warps, "num_stages": 2}
+    return {**shape, "BM": block, "BN": tokens}, {"num_warps": warps, "num_stages": stages}
 
 
 def _join(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton import tiles
-from hfkv.kernels.triton.tiles import DTYPES, LOG2E, Pages, power_of_two, section
+from hfkv.kernels.triton.tiles import LOG2E, Pages, power_of_two, section
 
 TILE_ROWS = 64
 """Queries of one product, at most."""
@@ -46,11 +46,11 @@ def _logits(x, scale, constant, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(m, l, x):
+def _accumulate(m, norm, x):
     """Running maximum and sum of powers of two, taking up logits x [rows, tokens]."""
     top = tl.maximum(m, tl.max(x, 1))
     safe = tl.where(top == float("-inf"), 0.0, top)
-    return top, l * tl.exp2(m - safe) + tl.sum(tl.exp2(x - safe[:, None]), 1)
+    return top, norm * tl.exp2(m - safe) + tl.sum(tl.exp2(x - safe[:, None]), 1)
 
 
 @triton.jit
@@ -125,11 +125,11 @@ def observe_lse(
     first, end = part * each, part * each + each
 
     m = tl.full((GB * JB,), float("-inf"), tl.float32)
-    l = tl.zeros((GB * JB,), tl.float32)
-    if SINKS:
+    norm = tl.zeros((GB * JB,), tl.float32)
+    if SINKS:  # noqa: SIM102 (compile time, then run time)
         if part == 0:
             m = tl.load(sinks + first_query + at, mask=here, other=0.0) * LOG2E
-            l = tl.full((GB * JB,), 1.0, tl.float32)
+            norm = tl.full((GB * JB,), 1.0, tl.float32)
     added = tl.zeros((GB * JB,), tl.float32)
     if CONSTANT:
         added = tl.load(constant + first_query + at, mask=here, other=0.0)
@@ -141,7 +141,7 @@ def observe_lse(
                 0, T0, K0, DOT0, BN,
             )  # fmt: skip
             x = tl.where(full[None, :], _logits(x, scale, added, softcap, SOFTCAP), float("-inf"))
-            m, l = _accumulate(m, l, x)
+            m, norm = _accumulate(m, norm, x)
     if TIERS > 1:
         low, high = section(first, end, count0, count1)
         for tile in range(low, high):
@@ -150,12 +150,14 @@ def observe_lse(
                 1, T1, K1, DOT1, BN,
             )  # fmt: skip
             x = tl.where(full[None, :], _logits(x, scale, added, softcap, SOFTCAP), float("-inf"))
-            m, l = _accumulate(m, l, x)
+            m, norm = _accumulate(m, norm, x)
     if EXACT:
         own = tl.load(last + batch * QUERIES + j, mask=here, other=-1)
         keys = k + batch.to(tl.int64) * stride_kb + head.to(tl.int64) * stride_kh
         rows = tl.load(
-            q + (first_query + at)[:, None] * D + feature[None, :], mask=here[:, None] & (feature < D)[None, :], other=0.0
+            q + (first_query + at)[:, None] * D + feature[None, :],
+            mask=here[:, None] & (feature < D)[None, :],
+            other=0.0,
         )
         low, high = section(first, end, count0 + count1, count)
         for tile in range(low + begin // BN, high + begin // BN):
@@ -163,8 +165,8 @@ def observe_lse(
             x = tl.dot(rows, _exact_keys(keys, tile, limit, stride_kt, feature, D, BN), input_precision="ieee")
             seen = (slot[None, :] <= own[:, None]) & (slot >= begin)[None, :]
             x = tl.where(seen, _logits(x, scale, tl.zeros_like(added), softcap, SOFTCAP), float("-inf"))
-            m, l = _accumulate(m, l, x)
-    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) / LOG2E, float("-inf"))
+            m, norm = _accumulate(m, norm, x)
+    lse = tl.where(norm > 0, (m + tl.log2(tl.where(norm > 0, norm, 1.0))) / LOG2E, float("-inf"))
     tl.store(out + (row64 * parts + part) * (GROUPS * QUERIES) + at, lse, mask=here)
 
 
@@ -290,7 +292,9 @@ def observe_scores(
                     x = _logits(x, scale, tl.zeros((GB * JB,), tl.float32), softcap, SOFTCAP)
                     own = tl.load(last + batch * QUERIES + j, mask=here, other=-1)
                     sees = (slot[None, :] <= own[:, None]) & (slot >= begin)[None, :]
-                    total += _received(x, tl.load(lse + first_query + at, mask=here, other=0.0) * LOG2E, sees, here, GB, JB, BN)
+                    total += _received(
+                        x, tl.load(lse + first_query + at, mask=here, other=0.0) * LOG2E, sees, here, GB, JB, BN
+                    )
                     one = block * JB + tl.arange(0, JB)
                     newest = tl.load(last + batch * QUERIES + one, mask=one < QUERIES, other=-1)
                     counted = (slot[None, :] <= newest[:, None]) & (slot >= begin)[None, :]
@@ -324,7 +328,7 @@ def observe_exact(
         start: int [batch], first real slot of `k`; None for 0.
     """
     rows = q.shape[0] * k.shape[1]
-    call = _Call(q, k, last, token_counts, scaling, softcap, start)
+    call = Observation(q, k, last, token_counts, scaling, softcap, start)
     if lse is None:
         lse = call.lse(None, None, None, sinks)
     out = torch.empty(rows, k.shape[2], dtype=torch.float32, device=q.device)
@@ -358,7 +362,7 @@ def observe_pages(
         pages: scored pages; k: [batch, kv_heads, tokens, D], tokens beside them.
         last, token_counts, scaling, softcap, sinks: as for `observe_exact`.
     """
-    call = _Call(q, k, last, token_counts, scaling, softcap, None)
+    call = Observation(q, k, last, token_counts, scaling, softcap, None)
     rotated = rotated.contiguous()
     constant = None if constant is None else constant.float().contiguous()
     lse = call.lse(pages, rotated, constant, sinks)
@@ -368,7 +372,7 @@ def observe_pages(
     return out
 
 
-class _Call:
+class Observation:
     """The arguments that both passes share."""
 
     def __init__(
@@ -392,7 +396,8 @@ class _Call:
         block = min(power_of_two(self.queries, 8), TILE_ROWS)
         together = max(min(power_of_two(self.groups, 1), TILE_ROWS // block), 16 // block)
         self.shape = {
-            "QUERIES": self.queries, "ALL": power_of_two(self.queries), "GROUPS": self.groups, "GB": together, "JB": block,
+            "QUERIES": self.queries, "ALL": power_of_two(self.queries),
+            "GROUPS": self.groups, "GB": together, "JB": block,
             "D": dim, "DB": power_of_two(dim), "BN": 64 if dim <= 128 and k.dtype != torch.float32 else 32,
             "SOFTCAP": softcap is not None, "EXACT": self.tokens > 0, "START": start is not None,
         }  # fmt: skip
@@ -409,7 +414,8 @@ class _Call:
             self.q, _or(rotated, self.q), _or(constant, self.q), _or(column, self.q), self.k, self.last,
             _or(self.start, self.last), *self._memory(pages), out, self._width(pages), self.heads,
             *self.k.stride()[:3], self.scaling, self.softcap,
-            SINKS=column is not None, CONSTANT=constant is not None, **self._constants(pages), **self.shape, num_warps=4,
+            SINKS=column is not None, CONSTANT=constant is not None, **self._constants(pages), **self.shape,
+            num_warps=4,
         )  # fmt: skip
         return out.logsumexp(1) if parts > 1 else out[:, 0]
 

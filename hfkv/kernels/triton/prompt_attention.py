@@ -1,4 +1,4 @@
-"""Attention over exact keys and values with what SDPA lacks: softcap, sinks, padding without a mask matrix, and the lse.
+"""Attention over exact keys and values with what SDPA lacks: softcap, sinks, padding without a mask matrix, the lse.
 
 A program's rows are consecutive queries of all heads of a GQA group, query by query, so that one tile of keys serves
 the whole group. Keys may come in two runs: a window that every query sees, then the tokens the queries belong to.
@@ -19,7 +19,7 @@ from hfkv.kernels.triton.tiles import LOG2E, power_of_two
 
 @triton.jit
 def attend_tile(
-    acc, m, l, q, k, v, stride_k, stride_v, start, end, last, shown, scale, softcap,
+    acc, m, norm, q, k, v, stride_k, stride_v, start, end, last, shown, scale, softcap,
     D: tl.constexpr, DB: tl.constexpr, DV: tl.constexpr, DVB: tl.constexpr, BN: tl.constexpr,
     MASK: tl.constexpr, SHOWN: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def attend_tile(
         safe = top
     p = tl.exp2(x - safe[:, None])
     shrink = tl.exp2(m - safe)
-    l = l * shrink + tl.sum(p, 1)
+    norm = norm * shrink + tl.sum(p, 1)
     if MASK:
         vs = tl.load(values, mask=seen[:, None] & (column < DV)[None, :], other=0.0)
     elif DV < DVB:
@@ -60,7 +60,7 @@ def attend_tile(
     else:
         vs = tl.load(values)
     acc = tl.dot(p.to(vs.dtype), vs, acc * shrink[:, None], input_precision="ieee")
-    return acc, top, l
+    return acc, top, norm
 
 
 @triton.jit(do_not_specialize=["queries", "tokens", "heads"])
@@ -96,10 +96,10 @@ def prompt_forward(
         end = high
 
     top = tl.full((BM,), float("-inf"), tl.float32)
-    l = tl.zeros((BM,), tl.float32)
+    norm = tl.zeros((BM,), tl.float32)
     if SINKS:
         top = tl.load(sinks + head * GROUPS + group).to(tl.float32) * LOG2E
-        l = tl.full((BM,), 1.0, tl.float32)
+        norm = tl.full((BM,), 1.0, tl.float32)
     acc = tl.zeros((BM, DVB), tl.float32)
     keys = k + batch * stride_kb + head * stride_kh
     values = v + batch * stride_vb + head * stride_vh
@@ -107,16 +107,16 @@ def prompt_forward(
         count = tl.load(window_counts + batch).to(tl.int32)
         wk = window_k + batch * stride_wb + head * stride_wh
         wv = window_v + batch * stride_xb + head * stride_xh
-        for start in range(0, count, BN):
-            acc, top, l = attend_tile(
-                acc, top, l, rows, wk, wv, stride_wt, stride_xt, start, count, count + tl.zeros_like(query), shown,
+        for start in tl.range(0, count, BN, num_stages=1):  # short: not worth the registers of a pipeline
+            acc, top, norm = attend_tile(
+                acc, top, norm, rows, wk, wv, stride_wt, stride_xt, start, count, count + tl.zeros_like(query), shown,
                 scale, softcap, D, DB, DV, DVB, BN, True, False, SOFTCAP,
             )  # fmt: skip
     if PADDED:
         marks = shown + batch * tokens
         for start in range(low // BN * BN, end, BN):
-            acc, top, l = attend_tile(
-                acc, top, l, rows, keys, values, stride_kt, stride_vt, start, end, last, marks, scale, softcap,
+            acc, top, norm = attend_tile(
+                acc, top, norm, rows, keys, values, stride_kt, stride_vt, start, end, last, marks, scale, softcap,
                 D, DB, DV, DVB, BN, True, True, SOFTCAP,
             )  # fmt: skip
     else:
@@ -125,21 +125,23 @@ def prompt_forward(
             full = tl.minimum(end, past + block * BM // GROUPS + 1)
         full = full // BN * BN
         for start in range(0, full, BN):
-            acc, top, l = attend_tile(
-                acc, top, l, rows, keys, values, stride_kt, stride_vt, start, end, last, shown, scale, softcap,
+            acc, top, norm = attend_tile(
+                acc, top, norm, rows, keys, values, stride_kt, stride_vt, start, end, last, shown, scale, softcap,
                 D, DB, DV, DVB, BN, False, False, SOFTCAP,
             )  # fmt: skip
         for start in range(full, end, BN):
-            acc, top, l = attend_tile(
-                acc, top, l, rows, keys, values, stride_kt, stride_vt, start, end, last, shown, scale, softcap,
+            acc, top, norm = attend_tile(
+                acc, top, norm, rows, keys, values, stride_kt, stride_vt, start, end, last, shown, scale, softcap,
                 D, DB, DV, DVB, BN, True, False, SOFTCAP,
             )  # fmt: skip
     column = tl.arange(0, DVB)
-    acc = acc / tl.where(l > 0, l, 1.0)[:, None]
+    acc = acc / tl.where(norm > 0, norm, 1.0)[:, None]
     at = batch * stride_ob + (head * GROUPS + group) * stride_oh + query.to(tl.int64) * stride_ot
-    tl.store(out + at[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=here[:, None] & (column < DV)[None, :])
+    tl.store(
+        out + at[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=here[:, None] & (column < DV)[None, :]
+    )
     if LSE:
-        total = tl.where(l > 0, (top + tl.log2(tl.where(l > 0, l, 1.0))) / LOG2E, float("-inf"))
+        total = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) / LOG2E, float("-inf"))
         tl.store(lse + (batch * heads * GROUPS + head * GROUPS + group) * queries + query, total, mask=here)
 
 
@@ -156,16 +158,16 @@ def prompt_attention(
     dtype: torch.dtype | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """softmax(softcap(q k^T scaling), sinks) v -> ([batch, q_heads, queries, Dv], log-sum-exp [batch, q_heads, queries]).
+    """softmax(softcap(q k^T scaling), sinks) v [batch, q_heads, queries, Dv] and its lse [batch, q_heads, queries].
 
-    A query that sees nothing gets zeros and -inf. The output is laid out [batch, queries, q_heads, Dv] in memory.
+    A query that sees nothing gets zeros and -inf. The output lies in memory as [batch, queries, q_heads, Dv].
 
     Args:
         q: [batch, q_heads, queries, D]; k, v: [batch, kv_heads, tokens, D or Dv], all of one dtype.
         causal: queries are the last of the tokens and look no further than themselves.
         sinks: [q_heads] logits of a column without a value.
         valid: bool [batch, tokens], real tokens (any padding); None for all.
-        window: (k, v [batch, kv_heads, n, D or Dv], counts int [batch]), keys before `k` that every query sees, or None.
+        window: (k, v [batch, kv_heads, n, D or Dv], counts int [batch]), keys before `k`, seen by every query, or None.
         dtype: of the output; None for q's.
         with_lse: whether the log-sum-exp is wanted, sinks included; natural logarithm, float32.
     """
@@ -175,7 +177,8 @@ def prompt_attention(
     lse = torch.empty(batch, q_heads, queries, dtype=torch.float32, device=q.device) if with_lse else None
     window_k, window_v, counts = (k, v, q) if window is None else window
     window_k, window_v = _rows_contiguous(window_k), _rows_contiguous(window_v)
-    shape, options = tile_shape(dim, v.shape[3], k.dtype, queries * (q_heads // heads))
+    masked = valid is not None
+    shape, options = tile_shape(dim, v.shape[3], k.dtype, queries * (q_heads // heads), tiles.major(q.device), masked)
     prompt_forward[(-(-queries * (q_heads // heads) // shape["BM"]), batch * heads)](
         q, k, v, q if valid is None else valid.contiguous().view(torch.uint8), q if valid is None else _bounds(valid),
         q if sinks is None else sinks, window_k, window_v, counts, out, q if lse is None else lse,
@@ -187,15 +190,21 @@ def prompt_attention(
     return out, lse
 
 
-def tile_shape(dim: int, value_dim: int, dtype: torch.dtype, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tile sizes and launch options: at most 99 KiB of shared memory, and no spills."""
-    wide = max(power_of_two(dim), power_of_two(value_dim))
+def tile_shape(
+    dim: int, value_dim: int, dtype: torch.dtype, rows: int, major: int, padded: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tile sizes and launch options without spills and within 99 KiB of shared memory; `major`: compute capability."""
+    wide, warpgroup = max(power_of_two(dim), power_of_two(value_dim)), major in (9, 10)
     if dtype == torch.float32:
-        block, tokens, warps, stages = (32, 32, 4, 1) if wide > 128 else (64, 32, 8, 1)
+        block, tokens, warps, stages = 32, 16 if wide > 128 else 32, 8, 1
     elif wide > 128:
-        block, tokens, warps, stages = 64, 32, 4, 2
+        block, tokens, warps, stages = 64, 32, 8, 2
+    elif padded and not warpgroup:
+        block, tokens, warps, stages = 64, 64, 8, 2
     else:
-        block, tokens, warps, stages = (128, 64, 8, 2) if rows > 64 else (64, 64, 4, 2)
+        block, tokens, warps, stages = 128, 64 if warpgroup else 32, 8, 2
+        if rows <= 64:
+            block, warps = 64, 4
     shape = {"D": dim, "DB": power_of_two(dim), "DV": value_dim, "DVB": power_of_two(value_dim)}
     return {**shape, "BM": block, "BN": tokens}, {"num_warps": warps, "num_stages": stages}
 

@@ -6,6 +6,7 @@ lie in a page, so that neighbouring lanes read neighbouring bytes. x = s * (code
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,12 @@ def _product_dtype(codec: Codec | None, half: bool) -> tl.dtype:
     if codec is not None and not codec.bits:
         return DTYPES[codec.dtype]
     return tl.float16 if half else tl.float32
+
+
+@functools.lru_cache(maxsize=32)
+def major(device: torch.device) -> int:
+    """Major compute capability of a device; 8 for the interpreter's."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def power_of_two(n: int, least: int = 16) -> int:
