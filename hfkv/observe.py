@@ -32,23 +32,46 @@ def observe_chunk(
         q: [batch, q_heads, queries, D]; valid: bool [batch, tokens], None for all.
         lse: [rows, groups, queries] over all keys; None where `sequences` is all there is.
     """
+    fill, heads, groups = sequences.fill, sequences.k.shape[1], q.shape[1] // sequences.k.shape[1]
+    picked, last, total = _newest(sequences, q, valid, lse, count)
+    slot = torch.arange(sequences.k.shape[2], device=q.device)
+    visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, count, n]
+    if total is not None:
+        total = total.flatten(1)
+    rows, keys = head_rows(picked, heads, call), sequences.k.flatten(0, 1)
+    received = received_exact(rows, keys, visible, groups, call.softcap, sink_rows(picked, heads, call), total)
+    return _scored(received, visible, fill.lengths, heads)
+
+
+def observe_chunk_fused(
+    sequences: Sequences, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None, count: int
+) -> Tensor:
+    """`observe_chunk` by the Triton kernels."""
+    from hfkv.kernels.triton.observe import observe_exact
+
+    picked, last, total = _newest(sequences, q, valid, lse, count)
+    terms = (call.scaling, call.softcap, call.sinks)
+    return observe_exact(picked, sequences.k, last, sequences.fill.lengths, *terms, total)
+
+
+def _newest(
+    sequences: Sequences, q: Tensor, valid: Tensor | None, lse: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The last `count` real queries [batch, q_heads, count, D], the slot of each [batch, count] and its log-sum-exp.
+
+    A sequence with fewer has the slot -1 for those that it lacks.
+    """
     fill, heads, queries = sequences.fill, sequences.k.shape[1], q.shape[2]
     groups, count = q.shape[1] // heads, min(count, queries)
     real = torch.ones(q.shape[0], queries, dtype=torch.bool, device=q.device) if valid is None else valid[:, -queries:]
     own = real.sum(1)[:, None]  # [batch, 1] real queries
     pick = own - count + torch.arange(count, device=q.device)  # [batch, count]; negative: a sequence has fewer
     index = newest_last(real).gather(1, pick.clamp_min(0))
-    picked = q.take_along_dim(index[:, None, :, None], 2)
-    slot = torch.arange(sequences.k.shape[2], device=q.device)
-    last = (fill.counts[:, None] - own + pick)[..., None]  # [batch, count, 1] the query's own slot
-    visible = (slot <= last) & (pick >= 0)[..., None] & (slot < fill.counts[:, None, None])
-    visible = visible.repeat_interleave(heads, 0)
+    last = torch.where(pick >= 0, fill.counts[:, None] - own + pick, -1)
     total = None
     if lse is not None:
-        total = lse.gather(2, index.repeat_interleave(heads, 0)[:, None].expand(-1, groups, -1)).flatten(1)
-    rows, keys = head_rows(picked, heads, call), sequences.k.flatten(0, 1)
-    received = received_exact(rows, keys, visible, groups, call.softcap, sink_rows(picked, heads, call), total)
-    return _scored(received, visible, fill.lengths, heads)
+        total = lse.gather(2, index.repeat_interleave(heads, 0)[:, None].expand(-1, groups, -1))
+    return q.take_along_dim(index[:, None, :, None], 2), last, total
 
 
 def observe_stored(
@@ -82,6 +105,27 @@ def observe_stored(
         for score, block, parts in zip(old, received, stored, strict=True)
     ]
     return new, score
+
+
+def observe_stored_fused(tokens: LayerTokens, sequences: Sequences, at: Tensor) -> Tensor:
+    """`observe_stored` by the Triton kernels: packed tokens get their new scores in place; the window's [rows, n].
+
+    Args:
+        at: int [queries], logical positions of the kept queries; there is at least one.
+    """
+    from hfkv.kernels.triton.observe import observe_pages
+    from hfkv.kernels.triton.tiles import Pages
+
+    q, call, fill, heads = tokens.queries.kept(), tokens.call, sequences.fill, tokens.window.heads
+    assert q is not None and call is not None
+    position = fill.token_positions[:, None]  # [batch, 1, n]
+    last = ((position <= at[:, None]) & (position >= 0)).sum(2) - 1  # [batch, queries]
+    rotated = tokens.packed.basis.rotate_keys(head_rows(q, heads, call)) / call.scaling
+    constant = tokens.packed.basis.constant(rotated * call.scaling)
+    age = (fill.seen, tokens.queries.stands_for, SCORE_HORIZON)
+    terms = (call.scaling, call.softcap, call.sinks)
+    pages = Pages.of(tokens.packed)
+    return observe_pages(q, rotated, constant, pages, sequences.k, last, fill.lengths, *age, *terms)
 
 
 def aged(old: Tensor, observed: Tensor, birth: Tensor, seen: int, stands_for: int) -> Tensor:

@@ -1,0 +1,124 @@
+"""Significance by the Triton kernels against the twins of `hfkv.observe`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from oracle import make_layer, poison, relative_rms
+
+from hfkv.attend import Call
+from hfkv.fill import Fill, advance
+from hfkv.observe import observe_chunk, observe_chunk_fused, observe_stored, observe_stored_fused
+from hfkv.window import Sequences
+
+EXACT = 2e-5
+"""float32 throughout."""
+HALF = 4e-3
+"""Products in fp16, as models in half precision have them; the score itself is stored in fp16."""
+
+
+@pytest.mark.parametrize("dim, groups, softcap, sinks", [(64, 1, None, True), (80, 3, 4.0, False), (96, 7, 4.0, True)])
+@pytest.mark.parametrize("tokens, queries, count", [(1, 1, 64), (63, 63, 64), (111, 111, 64), (111, 20, 70)])
+def test_a_prompt(dim, groups, softcap, sinks, tokens, queries, count):
+    check_prompt(2, 2, groups, dim, tokens, queries, count, softcap, sinks, None, torch.float32, EXACT)
+
+
+@pytest.mark.parametrize("known_lse", [False, True])
+def test_a_ragged_prompt(known_lse):
+    valid = torch.ones(3, 111, dtype=torch.bool)
+    valid[0, :50], valid[1, 100:], valid[2, 3:40], valid[2, 60:] = False, False, False, False
+    check_prompt(3, 1, 4, 64, 111, 111, 64, None, True, valid, torch.float32, EXACT, known_lse)
+
+
+def test_more_queries_than_one_product_takes():
+    check_prompt(1, 1, 2, 64, 150, 150, 130, None, False, None, torch.float32, EXACT)
+
+
+@pytest.mark.parametrize("dim, groups", [(128, 8), (256, 1)])
+def test_a_prompt_in_half_precision(dim, groups):
+    check_prompt(1, 2, groups, dim, 111, 111, 64, None, True, None, torch.float16, HALF)
+
+
+def check_prompt(batch, heads, groups, dim, tokens, queries, count, softcap, sinks, valid, dtype, bound, known=False):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, heads * groups, queries, dim, generator=generator).to(dtype)
+    k = torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+    call = Call(2.0 * dim**-0.5, softcap, torch.randn(heads * groups, generator=generator) if sinks else None)
+    fill = advance(Fill.empty(batch, torch.device("cpu")), tokens, valid)
+    lse = torch.rand(batch * heads, groups, queries, generator=generator) + 6 if known else None
+    k = k[:, :, : fill.most]
+    for row, length in enumerate(fill.counts.tolist()):
+        k[row, :, length:] = float("nan")  # slots without a token
+    args = (Sequences(k, k, fill), q, valid, call, lse, count)
+    got = observe_chunk_fused(*args)
+    want = observe_chunk(Sequences(k.nan_to_num(), k, fill), *args[1:])
+    assert torch.equal(got == 1, want == 1) or valid is None
+    assert relative_rms(got, want) < bound
+
+
+STORED = [
+    # tokens per row and tier, tiers, key dim, page tokens, codec, groups, queries, dtype, softcap, sinks
+    pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 32, "fitted", 1, 1, torch.float32, None, False, id="one-token"),
+    pytest.param([(63, 111), (0, 0), (5, 300), (0, 1)], ((8, 4), (4, 2)), 80, 64, "fitted", 3, 8, torch.float32, None,
+                 True, id="empty-row-D80-G3"),
+    pytest.param([(33, 257), (64, 32)], ((8, 4), (3, 2)), 96, 32, "minmax", 7, 5, torch.float32, 5.0, False,
+                 id="minmax-K3-D96-G7"),
+    pytest.param([(100, 40), (7, 3)], ("exact", (4, 2)), 64, 16, "fitted", 4, 8, torch.float32, None, False,
+                 id="exact-tier-P16"),
+    pytest.param([(40, 100), (1, 1)], ((8, 8), (2, 2)), 128, 64, "fitted", 8, 8, torch.float16, None, True,
+                 id="K2-D128-G8-half"),
+    pytest.param([(70, 0), (0, 0)], ((4, 4),), 256, 128, "fitted", 4, 8, torch.float32, None, True,
+                 id="one-tier-D256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("counts, tiers, dim, page, codec, groups, queries, dtype, softcap, sinks", STORED)
+def test_a_flush(counts, tiers, dim, page, codec, groups, queries, dtype, softcap, sinks):
+    layer, _, _ = make_layer(counts, tiers, dim, dim, page, codec)
+    poison(layer)
+    generator = torch.Generator().manual_seed(5)
+    rows, window, seen = len(counts), 23, 5000
+    heads = 2 if rows % 2 == 0 else 1
+    batch = rows // heads
+    q = torch.randn(batch, heads * groups, queries, dim, generator=generator).to(dtype)
+    k = torch.randn(batch, heads, window, dim, generator=generator).to(dtype)
+    held = torch.randint(1, window + 1, (batch,), generator=generator)
+    held[0] = window
+    position = torch.arange(seen - window, seen) - (window - held[:, None])
+    position = torch.where(torch.arange(window) < held[:, None], position + window - held[:, None], -1)
+    fill = Fill(None, held, window, position, seen, torch.arange(batch))
+    for row, length in enumerate(held.tolist()):
+        k[row, :, length:] = float("nan")
+    at = torch.arange(seen - 2 * queries, seen, 2)
+    tokens = SimpleNamespace(
+        packed=layer,
+        window=SimpleNamespace(heads=heads),
+        queries=SimpleNamespace(kept=lambda: q, positions=at.tolist(), stands_for=31),
+        call=Call(2.0 * dim**-0.5, softcap, torch.randn(heads * groups, generator=generator) if sinks else None),
+    )
+    packed, in_window = observe_stored(tokens, Sequences(k.nan_to_num(), k, fill))
+    got_window = observe_stored_fused(tokens, Sequences(k, k, fill), at)
+    assert relative_rms(got_window, in_window) < (HALF if dtype == torch.float16 else EXACT)
+    for tier in range(layer.tiers):
+        filled, parts = layer.slots(tier, ("score",))
+        got, want = parts["score"].float(), packed[tier].clamp_max(65504.0)
+        assert (got[~filled] == 0).all()
+        if filled.any():
+            assert relative_rms(got[filled], want[filled]) < (HALF if dtype == torch.float16 else 5e-4)
+
+
+def test_a_score_stays_in_its_format():
+    """One token that all attention goes to, among many: its score is clamped, the others' fall."""
+    layer, _, _ = make_layer([(100, 0)], ((8, 4), (4, 2)), 64, 64)
+    q, k = torch.zeros(1, 1, 8, 64), torch.zeros(1, 1, 1, 64)
+    fill = Fill(1, torch.ones(1, dtype=torch.long), 1, None, 10**7, None)
+    at = torch.full((8,), 10**7)
+    tokens = SimpleNamespace(
+        packed=layer,
+        window=SimpleNamespace(heads=1),
+        queries=SimpleNamespace(kept=lambda: q, positions=at.tolist(), stands_for=8192),
+        call=Call(1.0, None, None),
+    )
+    observe_stored_fused(tokens, Sequences(k, k, fill), at)
+    filled, parts = layer.slots(0, ("score",))
+    assert (parts["score"][filled] == 65504.0).all()
