@@ -99,7 +99,7 @@ def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf1
         arch=arch,
         types={name: f"*{kind}" for name, kind in pointers.items()}
         | {"scale": "fp32", "softcap": "fp32"}
-        | {name: "i32" for name in numbers},
+        | dict.fromkeys(numbers, "i32"),
         constants=dict(
             HIGH=pages_of(layouts[0]), LOW=pages_of(layouts[1]) if len(layouts) == 2 else None, NH=COLUMNS, D=dim, DV=dim,
             WIDE=wide, WIDE_V=wide, CAPPED=capped, FULL=full, STAGES=stages[0], STAGES_LOW=stages[1], W=warps,
@@ -122,7 +122,7 @@ def prepare(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
         arch=arch,
         types={name: f"*{kind}" for name, kind in pointers.items()}
         | {"scale": "fp32"}
-        | {name: "i32" for name in ("heads", "queries", "columns", "tiles", *strides)},
+        | dict.fromkeys(("heads", "queries", "columns", "tiles", *strides), "i32"),
         constants=dict(
             NH=COLUMNS, D=dim, BLOCK=32, WIDE=power_of_two(dim), CODED=True, SPLIT=False, FULL=dtype == "fp32"
         ),
@@ -140,7 +140,7 @@ def combine(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
         kernel=decode_kernels.combine_items,
         arch=arch,
         types={name: f"*{kind}" for name, kind in pointers.items()}
-        | {name: "i32" for name in ("window", "heads", "queries", "columns", "tiles")},
+        | dict.fromkeys(("window", "heads", "queries", "columns", "tiles"), "i32"),
         constants=dict(NH=COLUMNS, DV=dim, WIDE_V=power_of_two(dim), BLOCK=32, STEP=16),
         warps=4,
     )
@@ -273,7 +273,9 @@ def main() -> int:
             for row in rows:
                 table.append({column: row.get(column, "") for column in COLUMNS_SHOWN})
                 shown = (f"{column} {row[column]}" for column in COLUMNS_SHOWN[4:] if row.get(column, "") != "")
-                print(f"{build.name}, {build.warps} warps, sm_{build.arch} {row['loop']}: {', '.join(shown)}", flush=True)
+                print(
+                    f"{build.name}, {build.warps} warps, sm_{build.arch} {row['loop']}: {', '.join(shown)}", flush=True
+                )
             wrong += faults(build, rows)
     merge_csv(RESULTS / "aot.csv", table, by=("build", "warps", "sm", "loop"))
     print(f"{len(todo)} builds in {time.monotonic() - begin:.0f} s; triton {triton.__version__}")

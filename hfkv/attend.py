@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,14 +41,25 @@ class Call:
 class Past:
     """What a layer holds at some moment; it stays readable while tokens are only appended.
 
-    `packed` is the layer itself, as it is by now.
+    Attributes:
+        packed: the packed tokens as they are by now.
+        view: the pages as they were at that moment, in the form that the layer's kernels read them in.
+        window, fill: the window, and how full it was.
     """
 
-    work: WorkList
-    basis: Basis
+    packed: PackedLayer
+    view: Any
     window: Window
     fill: Fill
-    packed: PackedLayer | None = None
+
+    @property
+    def basis(self) -> Basis:
+        return self.packed.basis
+
+    @property
+    def work(self) -> WorkList:
+        """The view of the plain-torch path."""
+        return self.view
 
 
 def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:

@@ -78,6 +78,7 @@ class LeanKVCache(LazyLinearLayers):
         self.layers: list[Any] = []
         self.plain_reasons: dict[int, str] = {}
         self._pools.clear()
+        self.workspaces: dict[torch.device, Any] = {}
         self._page_tokens: int | None = None
         self.encoder_decoder = False
         self._updates: dict[int, int] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from hfkv.attend import Call, attend_chunk, attend_own, attend_step, says_more_than_padding
+from hfkv.attend import Call, says_more_than_padding
 from hfkv.config import LeanKVConfig
 from hfkv.handle import Chunk, KVHandle
 from hfkv.tokens import LayerTokens, Snapshot, plain_tensors
@@ -181,7 +181,7 @@ class LeanKVLayer(DynamicLayer):
             )
         valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2])
         if self._is_first(chunk):
-            out = attend_own(chunk, q, mask, valid, call)
+            out = self._made(chunk).kernels.attend_own(chunk, q, mask, valid, call)
             if not chunk.stored:
                 self._store(chunk, q, valid, call, None)
         else:
@@ -193,27 +193,33 @@ class LeanKVLayer(DynamicLayer):
     def _is_first(self, chunk: Chunk) -> bool:
         return self.seen == chunk.k.shape[2]
 
+    @plain_tensors()
+    def _made(self, chunk: Chunk) -> LayerTokens:
+        """What is held, made from the first chunk."""
+        if self.tokens is None:
+            self.tokens = LayerTokens(self.cache, self.config, chunk)
+        return self.tokens
+
     def _attend_past(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> Tensor:
         assert self.tokens is not None
+        kernels = self.tokens.kernels
         if chunk.past is not None:  # another layer reads a long chunk again
-            return attend_chunk(chunk.past, chunk, q, valid, call, observed=0)[0]
+            return kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed=0)[0]
         if not chunk.stored:
             new = chunk.k.shape[2]
             if new > self.config.flush or new > self.tokens.capacity_left:
                 chunk.past = self.tokens.past()
                 observed = self.config.observe if self.config.selects else 0
-                out, lse = attend_chunk(chunk.past, chunk, q, valid, call, observed)
+                out, lse = kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed)
                 self._store(chunk, q, valid, call, lse)
                 return out
             self.tokens.append(chunk, q, valid, call)
             chunk.stored, self.pending = True, None
-        return attend_step(self.tokens.past(), q, call)
+        return kernels.attend_step(self.tokens.past(), q, call)
 
     @plain_tensors()
     def _store(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
-        if self.tokens is None:
-            self.tokens = LayerTokens(self.cache, self.config, chunk)
-        self.tokens.store(chunk, q, valid, call, lse)
+        self._made(chunk).store(chunk, q, valid, call, lse)
         chunk.stored, self.pending = True, None
 
     def _check_past(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None) -> None:

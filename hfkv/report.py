@@ -59,18 +59,20 @@ class Report:
         exact_bytes: what the same tokens take in the model's dtype.
         plain_bytes: bytes of the layers that transformers keeps, not part of the two above.
         pool_free_bytes: free pages, unused chunks and chunk remainders.
+        workspace_bytes: buffers of a step, which all layers of a device share.
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
-        backend: what runs the kernels.
+        backend: what runs the kernels, `triton` or `torch`; `none` before the first prompt.
     """
 
     physical_bytes: int
     exact_bytes: int
     plain_bytes: int
     pool_free_bytes: int
+    workspace_bytes: int
     tokens: int
     layers: list[LayerReport]
-    backend: str = "torch"
+    backend: str
 
     @property
     def ratio(self) -> float:
@@ -88,7 +90,7 @@ class Report:
         total: Counter[str] = Counter()
         for layer in self.layers:
             total.update(layer.bytes)
-        return {**total, "free_pages": self.pool_free_bytes}
+        return {**total, "free_pages": self.pool_free_bytes, "workspace": self.workspace_bytes}
 
     def __str__(self) -> str:
         compressed = [layer for layer in self.layers if layer.compressed]
@@ -122,8 +124,10 @@ def make_report(cache: LeanKVCache) -> Report:
     pools = cache.pools
     free = sum(pool.physical_bytes - pool.used_bytes for pool in pools)
     plain = sum(_plain_bytes(layer) for layer, made in zip(cache.layers, layers, strict=True) if not made.compressed)
-    physical = sum(layer.physical_bytes for layer in layers) + free
-    return Report(physical, sum(layer.exact_bytes for layer in layers), plain, free, cache.get_seq_length(), layers)
+    space = sum(workspace.nbytes for workspace in cache.workspaces.values())
+    physical, exact = sum(layer.physical_bytes for layer in layers) + free + space, sum(x.exact_bytes for x in layers)
+    backend = ", ".join(sorted({tokens.kernels.name for tokens in cache.compressed})) or "none"
+    return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend)
 
 
 def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
@@ -185,7 +189,7 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
         "free_slots": free,
         "window": window.nbytes,
         "queries": held.queries.nbytes,
-        "tables": packed.metadata_bytes,
+        "tables": held.table_bytes,
     }
     exact = int(real.sum()) * heads * (window.k.shape[3] + window.v.shape[3]) * window.k.element_size()
     return LayerReport(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.kernels.quantize_pack import Tokens
-from hfkv.observe import observe_stored
 from hfkv.paging.rows import Compaction, Incoming, PackedRows
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW
@@ -98,7 +97,7 @@ def _observe(layers: list[LayerTokens], sequences: list[Sequences], stored: Stor
         part = slice(index * rows, (index + 1) * rows)
         widths = tokens.packed.work().slots
         held = [{name: x[part, :w] for name, x in parts.items()} for w, (_, parts) in zip(widths, stored, strict=True)]
-        new, score = observe_stored(tokens, own, held)
+        new, score = tokens.kernels.observe_stored(tokens, own, held)
         for parts, fresh in zip(held, new, strict=True):
             parts["score"].copy_(fresh)
         scores.append(score)

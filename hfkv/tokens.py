@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hfkv.attend import Call, Past
+from hfkv.backends import kernels_for
 from hfkv.config import LeanKVConfig
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.observe import observe_chunk
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of
@@ -76,6 +76,7 @@ class LayerTokens:
             for tier in config.tiers
         ]
         basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)
+        self.kernels = kernels_for(self.device, layouts, dtype, cache.workspaces)
         self.packed = PackedLayer(pool, layouts, batch * heads, basis, bool(config.shift_keys))
         self.window = Window.like(chunk.k, chunk.v, config.window + config.flush)
         self.queries = KeptQueries(config.flush)
@@ -94,8 +95,13 @@ class LayerTokens:
 
     @property
     def unpaged_bytes(self) -> int:
-        """Bytes outside the page pool: window, kept queries, page table, mean keys."""
-        return self.window.nbytes + self.queries.nbytes + self.packed.metadata_bytes
+        """Bytes outside the page pool: window, kept queries, tables."""
+        return self.window.nbytes + self.queries.nbytes + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the page table, mean keys, and the lists of work made from them."""
+        return self.packed.metadata_bytes + self.kernels.nbytes
 
     @property
     def costs(self) -> Costs:
@@ -142,7 +148,9 @@ class LayerTokens:
         self.call = call
         sequences = self.window.followed_by(chunk.k, chunk.v, self.fill, after, valid)
         leaving = (after.counts - self.config.window).clamp_min(0)
-        score = observe_chunk(sequences, q, valid, call, lse, self.config.observe) if self.config.selects else None
+        score = None
+        if self.config.selects:
+            score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
         incoming = incoming_tokens([sequences], leaving, self.config.window, score)
         stored = stored_tokens(self.packed, self.config.selects)
         plan = plan_tiers([self], self.packed, incoming, stored, after, rescored=False)
@@ -158,7 +166,7 @@ class LayerTokens:
 
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""
-        return Past(self.packed.work(), self.packed.basis, self.window, self.fill, self.packed)
+        return Past(self.packed, self.kernels.view(self.packed), self.window, self.fill)
 
     # ---- fewer tokens ------------------------------------------------------------------------------------------------
 

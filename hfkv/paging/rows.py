@@ -207,7 +207,7 @@ class PackedRows:
         arriving = [[(tokens, entering.sum(1))] for tokens, entering in zip(coded, plan.entering, strict=True)]
         for tier in range(self.tiers):
             if plan.scores is not None:
-                self._rescore(tier, counts[tier], plan.scores[tier])
+                self.rescore(tier, counts[tier], plan.scores[tier])
             edit = _Edit(self, tier, plan, counts[tier])
             if tier == 0 and plan.demoted is not None:
                 arriving[1].insert(0, edit.demoted(self.layouts[1], plan.demoted))
@@ -219,7 +219,7 @@ class PackedRows:
         self.table = table
         self.changed()
 
-    def _rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:
+    def rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:
         """Write the new scores of stored tokens into their pages."""
         layout = self.layouts[tier]
         ids, row, index = self.table.pages(tier, counts)

@@ -35,8 +35,8 @@ from hfkv.kernels.triton.pages import (
     load_values,
     page_address,
     product_order,
-    to_product_order,
     to_code_order,
+    to_product_order,
 )
 
 NOWHERE = tl.constexpr(-1e30)
@@ -99,7 +99,9 @@ def prepare_queries(
         for first in range(0, D, BLOCK):
             d = first + tl.arange(0, BLOCK)
             part = tl.load(q_ptr + start[:, None] + d[None, :], mask=real & (d < D)[None, :], other=0.0)
-            turn = tl.load(rotation_ptr + d[:, None] * D + o[None, :], mask=(d < D)[:, None] & (o < D)[None, :], other=0.0)
+            turn = tl.load(
+                rotation_ptr + d[:, None] * D + o[None, :], mask=(d < D)[:, None] & (o < D)[None, :], other=0.0
+            )
             x = tl.dot(part.to(tl.float32), turn, x, input_precision="ieee")
     else:
         x = tl.load(q_ptr + start[:, None] + o[None, :], mask=real & (o < D)[None, :], other=0.0).to(tl.float32)
@@ -610,7 +612,9 @@ def _attend_window(
         token = start + warp * P + tl.arange(0, P)[None, :]
         held = (token < stop)[:, :, None]
         k = tl.load(k_ptr + token[:, :, None] * D + o[None, None, :], mask=held & (o < D)[None, None, :], other=0.0)
-        v = tl.load(v_ptr + token[:, :, None] * DV + o_v[None, None, :], mask=held & (o_v < DV)[None, None, :], other=0.0)
+        v = tl.load(
+            v_ptr + token[:, :, None] * DV + o_v[None, None, :], mask=held & (o_v < DV)[None, None, :], other=0.0
+        )
         if FULL:
             s = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
         else:

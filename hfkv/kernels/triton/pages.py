@@ -332,9 +332,7 @@ def field(x, SHIFT: tl.constexpr, MASK: tl.constexpr):
     if PLAIN:
         return ((x >> SHIFT) & MASK).to(tl.int8)
     elif SHIFT == 0:
-        return tl.inline_asm_elementwise(
-            f"and.b32 $0, $1, {M4};", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4
-        )
+        return tl.inline_asm_elementwise(f"and.b32 $0, $1, {M4};", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
     else:
         return tl.inline_asm_elementwise(
             f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {M4}; }}",

@@ -1,0 +1,75 @@
+"""The plain-torch path: the twins, on any device that torch has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
+from hfkv.handle import Chunk
+from hfkv.observe import observe_chunk, observe_stored
+from hfkv.paging.packed import PackedLayer
+from hfkv.window import Sequences
+
+if TYPE_CHECKING:
+    from hfkv.tokens import LayerTokens
+
+
+class Kernels(Protocol):
+    """What a layer asks of its kernels; see the functions of the same names in `hfkv.attend` and `hfkv.observe`.
+
+    Attributes:
+        name: `torch` or `triton`, for the report.
+    """
+
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the kernels keep for this layer."""
+        ...
+
+    def view(self, packed: PackedLayer) -> Any:
+        """The pages as they are now, for `Past`."""
+        ...
+
+    def attend_own(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:
+        """Exact attention of a chunk over itself."""
+        ...
+
+    def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
+        """Attention of the newest queries, whose tokens are in the window already."""
+        ...
+
+    def attend_chunk(
+        self, past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, observed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A long chunk over the past and, causally, over itself."""
+        ...
+
+    def observe_chunk(
+        self, sequences: Sequences, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None, count: int
+    ) -> Tensor:
+        """Scores of window and chunk tokens from a chunk's last queries."""
+        ...
+
+    def observe_stored(
+        self, tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """New scores from the kept queries: of packed tokens and of the window's."""
+        ...
+
+
+class PlainKernels:
+    """`Kernels` by the twins."""
+
+    name = "torch"
+    nbytes = 0
+
+    view = staticmethod(PackedLayer.work)
+    attend_own = staticmethod(attend_own)
+    attend_step = staticmethod(attend_step)
+    attend_chunk = staticmethod(attend_chunk)
+    observe_chunk = staticmethod(observe_chunk)
+    observe_stored = staticmethod(observe_stored)
