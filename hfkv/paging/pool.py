@@ -234,7 +234,9 @@ class PagePool:
         target = max(min(target, min(pages) << SLOT_BITS), MIN_PAGES * max(pages))
         candidates = range(target, target + max(target // 2, max(pages)) + 1, CHUNK_GRANULE)
         self.chunk_bytes = (
-            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size)) // ALIGNMENT * ALIGNMENT
+            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size))
+            // ALIGNMENT
+            * ALIGNMENT
         )
         for page_class in self._classes:
             page_class.per_chunk = min(self.chunk_bytes // page_class.layout.page_bytes, 1 << SLOT_BITS)
