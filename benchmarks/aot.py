@@ -1,8 +1,10 @@
 """Compile the kernels ahead of time for every architecture and look at their machine code. No GPU is needed.
 
-For each build: registers, spills, shared memory, 128-bit asynchronous copies and tensor-core instructions of the hot loops,
-instructions per code (K and V, as executed by the lanes of one loop iteration), and the share of all issue slots that they
-take while the device passes over the pages at full bandwidth: above 100 % a kernel cannot, whatever else it does well.
+For each build: registers, spills, shared memory, 128-bit asynchronous copies and tensor-core instructions of the hot
+loops, instructions per code (K and V, as executed by the lanes of one loop iteration), and the share of all issue slots
+that they take while the device passes over the pages at full bandwidth: above 100 % a kernel cannot, whatever else it
+does well. `issue_share` takes all bytes of a page, as the floor of a decode call does (physical bytes over bandwidth);
+the limit is on it. `issue_share_read` takes only what is read, without scores and births, and is the higher one.
 
 `--check` exits with 1 where a build does not compile or spills, or where a decode loop is over a limit.
 """
@@ -54,7 +56,7 @@ class Build:
         constants: value of every constant argument.
         warps: per program.
         aligned: arguments besides pointers that are multiples of 16.
-        loops: per hot loop, its name, its codes and its bytes per iteration, in the order of their code.
+        loops: per hot loop, most bytes first: its name, and its codes, page bytes and bytes read per iteration.
         held: whether the limits on hot loops and spills hold for it.
     """
 
@@ -65,15 +67,24 @@ class Build:
     constants: dict[str, Any]
     warps: int
     aligned: tuple[str, ...] = ()
-    loops: tuple[tuple[str, int, int], ...] = ()
+    loops: tuple[tuple[str, int, int, int], ...] = ()
     held: bool = True
 
 
-# ---- what is compiled --------------------------------------------------------------------------------------------------
+# ---- what is compiled -----------------------------------------------------------------------------------------------
 
 
-def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf16", tokens: int = 64, codec: str = "fitted",
-           capped: bool = False, warps: int = WARPS, held: bool = True) -> Build:  # fmt: skip
+def decode(
+    tiers: tuple[Tier, ...],
+    arch: int,
+    dim: int = 128,
+    dtype: str = "bf16",
+    tokens: int = 64,
+    codec: str = "fitted",
+    capped: bool = False,
+    warps: int = WARPS,
+    held: bool = True,
+) -> Build:
     """The decode kernel over one or two tiers and the window."""
     layouts = [
         PageLayout(*(Codec.of(t, side, dim, TORCH[dtype], codec) for side in ("key", "value")), tokens, True)
@@ -83,13 +94,30 @@ def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf1
     stages = stages_of(full)
     names = ["exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers]
     extras = [codec] * (codec != "fitted") + [dtype] * (dtype != "bf16") + ["softcap"] * capped
-    pointers = {"q_ptr": dtype, "whole_ptr": "i8", "split_ptr": dtype, "terms_ptr": "fp32", "ids_ptr": "i32",
-                "lengths_ptr": "i32", "chunks_ptr": "i64", "items_ptr": "i32", "window_k_ptr": dtype,
-                "window_v_ptr": dtype, "counts_ptr": "i64", "acc_ptr": "fp32", "stats_ptr": "fp32"}  # fmt: skip
+    pointers = {
+        "q_ptr": dtype,
+        "whole_ptr": "i8",
+        "split_ptr": dtype,
+        "terms_ptr": "fp32",
+        "ids_ptr": "i32",
+        "lengths_ptr": "i32",
+        "chunks_ptr": "i64",
+        "items_ptr": "i32",
+        "window_k_ptr": dtype,
+        "window_v_ptr": dtype,
+        "counts_ptr": "i64",
+        "acc_ptr": "fp32",
+        "stats_ptr": "fp32",
+    }
     strides = ("stride_batch", "stride_head", "stride_query")
     numbers = ("table_width", "heads", "queries", "columns", "tiles", "capacity", *strides)
     loops = tuple(
-        (name, warps * tokens * (layout.key.dim + layout.value.dim), warps * layout.page_bytes)
+        (
+            name,
+            warps * tokens * (layout.key.dim + layout.value.dim),
+            warps * layout.page_bytes,
+            warps * layout.fields["value_zero"][1],
+        )
         for name, layout in zip(names, layouts, strict=True)
         if layout.key.bits and not full
     )
@@ -101,20 +129,36 @@ def decode(tiers: tuple[Tier, ...], arch: int, dim: int = 128, dtype: str = "bf1
         | {"scale": "fp32", "softcap": "fp32"}
         | dict.fromkeys(numbers, "i32"),
         constants=dict(
-            HIGH=pages_of(layouts[0]), LOW=pages_of(layouts[1]) if len(layouts) == 2 else None, NH=COLUMNS, D=dim, DV=dim,
-            WIDE=wide, WIDE_V=wide, CAPPED=capped, FULL=full, STAGES=stages[0], STAGES_LOW=stages[1], W=warps,
+            HIGH=pages_of(layouts[0]),
+            LOW=pages_of(layouts[1]) if len(layouts) == 2 else None,
+            NH=COLUMNS,
+            D=dim,
+            DV=dim,
+            WIDE=wide,
+            WIDE_V=wide,
+            CAPPED=capped,
+            FULL=full,
+            STAGES=stages[0],
+            STAGES_LOW=stages[1],
+            W=warps,
         ),
         warps=4 * warps if full else warps,
         aligned=strides,
         loops=loops,
         held=held,
-    )  # fmt: skip
+    )
 
 
 def prepare(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
     """The kernel that makes queries the operands of pages."""
-    pointers = {"q_ptr": dtype, "rotation_ptr": "fp32", "mean_ptr": "fp32", "whole_ptr": "i8", "split_ptr": dtype,
-                "terms_ptr": "fp32"}  # fmt: skip
+    pointers = {
+        "q_ptr": dtype,
+        "rotation_ptr": "fp32",
+        "mean_ptr": "fp32",
+        "whole_ptr": "i8",
+        "split_ptr": dtype,
+        "terms_ptr": "fp32",
+    }
     strides = ("stride_batch", "stride_head", "stride_query")
     return Build(
         name=f"prepare D{dim}",
@@ -133,8 +177,15 @@ def prepare(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
 
 def combine(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
     """The kernel that merges a row's items."""
-    pointers = {"acc_ptr": "fp32", "stats_ptr": "fp32", "items_ptr": "i32", "offsets_ptr": "i32", "rotation_ptr": "fp32",
-                "sinks_ptr": "fp32", "out_ptr": dtype}  # fmt: skip
+    pointers = {
+        "acc_ptr": "fp32",
+        "stats_ptr": "fp32",
+        "items_ptr": "i32",
+        "offsets_ptr": "i32",
+        "rotation_ptr": "fp32",
+        "sinks_ptr": "fp32",
+        "out_ptr": dtype,
+    }
     return Build(
         name=f"combine D{dim}",
         kernel=decode_kernels.combine_items,
@@ -173,7 +224,7 @@ def builds(ci: bool) -> Iterator[Build]:
         yield decode((K8V4, K4V2), arch, warps=1)
 
 
-# ---- compiling and looking ---------------------------------------------------------------------------------------------
+# ---- compiling and looking ------------------------------------------------------------------------------------------
 
 
 def compiled(build: Build) -> tuple[Code, int]:
@@ -219,7 +270,7 @@ def measure(build: Build) -> list[dict[str, Any]]:
     loops = hot_loops(build, code)
     if len(loops) != len(build.loops):
         return [common | {"loop": "", "error": f"{len(loops)} page loops where {len(build.loops)} were expected"}]
-    for (name, codes, read), loop in zip(build.loops, loops, strict=True):
+    for (name, codes, held, read), loop in zip(build.loops, loops, strict=True):
         executed = loop.size * build.warps  # of warps, per iteration
         row = common | {
             "loop": name,
@@ -229,7 +280,8 @@ def measure(build: Build) -> list[dict[str, Any]]:
             "products": " ".join(f"{n} {op}" for op, n in sorted(loop.products.items())),
         }
         if build.arch in BYTES_PER_CLOCK:
-            row["issue_share"] = f"{executed / 4 / (read / BYTES_PER_CLOCK[build.arch]):.3f}"
+            issued = executed / 4 * BYTES_PER_CLOCK[build.arch]
+            row |= {"issue_share": f"{issued / held:.3f}", "issue_share_read": f"{issued / read:.3f}"}
         rows.append(row)
     return rows or [common | {"loop": ""}]
 
@@ -257,7 +309,7 @@ def faults(build: Build, rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 COLUMNS_SHOWN = ("build", "warps", "sm", "loop", "registers", "spills", "shared", "size", "instructions", "per_code",
-                 "issue_share", "wide_loads", "products", "error")  # fmt: skip
+                 "issue_share", "issue_share_read", "wide_loads", "products", "error")  # fmt: skip
 
 
 def main() -> int:

@@ -149,11 +149,9 @@ LENGTHS = {
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("columns", [8, 48], ids=["one-tile", "six-tiles"])
 def test_work_items_cover_everything_once(lengths, columns):
-    """Every page and window step belongs to one item; items are ordered by row, and as equal in bytes as borders allow."""
-    layouts = tuple(
-        PageLayout(Codec.of(t, "key", 128, torch.float16, "fitted"), Codec.of(t, "value", 128, torch.float16, "fitted"), 64, True)
-        for t in (K8V4, K4V2)
-    )  # fmt: skip
+    """Every page and window step belongs to one item; items are ordered by row, as equal in bytes as borders allow."""
+    codecs = [(Codec.of(t, side, 128, torch.float16, "fitted") for side in ("key", "value")) for t in (K8V4, K4V2)]
+    layouts = tuple(PageLayout(*pair, 64, True) for pair in codecs)
     plan = StepPlan(
         layouts, len(lengths), columns, 96, torch.float16, torch.device("cpu"), Workspace.on("cpu"), programs=792
     )

@@ -77,8 +77,8 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
     softcap = 0.0 if call.softcap is None else call.softcap * LOG2E
     kernels.prepare_queries[(plan.rows * plan.tiles,)](
         q, key, mean, space.whole, split, space.terms, call.scaling * LOG2E, *counted, *where,
-        NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=wide, CODED=coded, SPLIT=full or not all(x.key.bits for x in plan.layouts),
-        FULL=full, num_warps=4,
+        NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=wide, CODED=coded,
+        SPLIT=full or not all(x.key.bits for x in plan.layouts), FULL=full, num_warps=4,
     )  # fmt: skip
     high, low = stages_of(full)
     kernels.decode_items[(plan.count * plan.tiles,)](

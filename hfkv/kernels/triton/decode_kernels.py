@@ -7,8 +7,8 @@ another before the item's end. Logits are in units of log2. Per page, with byte 
     s = A (ks (q . code - kz S) + c)        acc += code (p vs)        z += p vs vz
 
 where A is the scale of the int8 query, S its sum and c its product with the mean key; the item's result is acc - z.
-Scores stay in units of A until their exponent is taken. The query is two int8 (or model dtype) numbers per entry, high and
-low, as rows of one 16-row operand.
+Scores stay in units of A until their exponent is taken. The query is two int8 (or model dtype) numbers per entry, high
+and low, as rows of one 16-row operand.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ZERO_ROWS = tl.constexpr(16)
 INT8_TOP = tl.constexpr(127.0 * 256)
 
 
-# ---- before: the query as the pages' operands --------------------------------------------------------------------------
+# ---- before: the query as the pages' operands -----------------------------------------------------------------------
 
 
 @triton.jit
@@ -84,8 +84,8 @@ def prepare_queries(
 ):
     """Scale, rotate and split the queries of a tile.
 
-    Writes per tile: `whole` int8 [2 NH, WIDE] where CODED, `split` in the model's dtype [2 NH, WIDE] (float32 [NH, WIDE]
-    where FULL) where SPLIT, `terms` float32 [3, NH]: A, S in units of A, c.
+    Writes per tile: `whole` int8 [2 NH, WIDE] where CODED, `split` in the model's dtype [2 NH, WIDE] (float32
+    [NH, WIDE] where FULL) where SPLIT, `terms` float32 [3, NH]: A, S in units of A, c.
     """
     unit = tl.program_id(0).to(tl.int64)
     row, tile = unit // tiles, unit % tiles
@@ -122,22 +122,21 @@ def prepare_queries(
             at = split_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
             tl.store(at, high)
             tl.store(at + NH * WIDE, low)
-    if CODED:
-        if not FULL:
-            top = tl.maximum(tl.max(tl.abs(x), 1), 1e-20)
-            code = tl.floor(x * (1.0 / top * INT8_TOP)[:, None] + 0.5).to(tl.int32)
-            high8 = (code + 128) >> 8
-            at8 = whole_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
-            tl.store(at8, high8.to(tl.int8))
-            tl.store(at8 + NH * WIDE, (code - (high8 << 8)).to(tl.int8))
-            unsplit = top / INT8_TOP
-            total = tl.sum(code, 1).to(tl.float32)  # of what is multiplied, so that large zeros cancel
+    if CODED and not FULL:
+        top = tl.maximum(tl.max(tl.abs(x), 1), 1e-20)
+        code = tl.floor(x * (1.0 / top * INT8_TOP)[:, None] + 0.5).to(tl.int32)
+        high8 = (code + 128) >> 8
+        at8 = whole_ptr + unit * 2 * NH * WIDE + i[:, None] * WIDE + o[None, :]
+        tl.store(at8, high8.to(tl.int8))
+        tl.store(at8 + NH * WIDE, (code - (high8 << 8)).to(tl.int8))
+        unsplit = top / INT8_TOP
+        total = tl.sum(code, 1).to(tl.float32)  # of what is multiplied, so that large zeros cancel
     tl.store(terms_ptr + unit * 3 * NH + i, unsplit)
     tl.store(terms_ptr + unit * 3 * NH + NH + i, total)
     tl.store(terms_ptr + unit * 3 * NH + 2 * NH + i, added)
 
 
-# ---- the work items ----------------------------------------------------------------------------------------------------
+# ---- the work items -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -194,7 +193,7 @@ def decode_items(
     whole, split = whole_ptr + query * 2 * NH * WIDE, split_ptr + query * (1 if FULL else 2) * NH * WIDE
     terms = terms_ptr + query * 3 * NH
     if count == 0:
-        acc, stats = _partial(acc_ptr, stats_ptr, NH, DV)
+        _, stats = _partial(acc_ptr, stats_ptr, NH, DV)
         tl.store(stats + tl.arange(0, NH), tl.full([NH], NOWHERE, tl.float32))
         tl.store(stats + NH + tl.arange(0, NH), tl.zeros([NH], tl.float32))
     elif tier == 0:
@@ -229,7 +228,27 @@ def _partial(acc_ptr, stats_ptr, NH: tl.constexpr, DV: tl.constexpr):
 
 
 @triton.jit
-def _attend_pages(whole_ptr, split_ptr, terms_ptr, ids_ptr, tokens_left, pages, chunks_ptr, acc_ptr, stats_ptr, softcap, PAGE: tl.constexpr, SIGN: tl.constexpr, NH: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, CAPPED: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def _attend_pages(
+    whole_ptr,
+    split_ptr,
+    terms_ptr,
+    ids_ptr,
+    tokens_left,
+    pages,
+    chunks_ptr,
+    acc_ptr,
+    stats_ptr,
+    softcap,
+    PAGE: tl.constexpr,
+    SIGN: tl.constexpr,
+    NH: tl.constexpr,
+    DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
+    W: tl.constexpr,
+):
     """Pages of one row: only the last item of a row has free slots, or fewer pages than warps, and pays for a mask."""
     if (tokens_left >= pages * PAGE.tokens) & (pages % W == 0):
         _attend_run(
@@ -378,7 +397,15 @@ def _attend_run(
 
 
 @triton.jit
-def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr):  # fmt: skip
+def _query_slice(
+    ptr,
+    SLICE: tl.constexpr,
+    KEY: tl.constexpr,
+    NH: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    W: tl.constexpr,
+):
     """The rows of a tile's query for one slice of the key codes, [W, rows, block], the same for every warp."""
     ROWS: tl.constexpr = NH if FULL else 2 * NH
     BLOCK: tl.constexpr = KEY.block
@@ -392,7 +419,9 @@ def _query_slice(ptr, SLICE: tl.constexpr, KEY: tl.constexpr, NH: tl.constexpr, 
 
 
 @triton.jit
-def _addresses(ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _addresses(
+    ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr
+):
     """Addresses of the pages of one step, as scalars: vectors would be loaded once per layout that they meet.
 
     Behind the end it is the last step's, or the last page where a step may have fewer pages than warps.
@@ -437,7 +466,9 @@ def _wide_meta(x, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _key_product(q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _key_product(
+    q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr
+):
     """q . stored codes, float32 [W, NH, P], in units of A."""
     if FULL:
         x = tl.dot(q0, tl.permute(codes_float(k, top, KEY, 0), (0, 2, 1)), input_precision="ieee")
@@ -469,7 +500,9 @@ def _halves(x, NH: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _scores(x, ks, kz, total, KEY: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _scores(
+    x, ks, kz, total, KEY: tl.constexpr, FULL: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr
+):
     """Products with stored codes -> scores in units of A, but for the constant of a query."""
     if KEY.kind == 0:
         return x
@@ -552,7 +585,18 @@ def _weigh_zeros(p, alpha, row, z, VALUE: tl.constexpr, FULL: tl.constexpr, W: t
 
 
 @triton.jit
-def _store_slice(acc_ptr, a, f, zero, unit: tl.constexpr, SLICE: tl.constexpr, VALUE: tl.constexpr, NH: tl.constexpr, DV: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+def _store_slice(
+    acc_ptr,
+    a,
+    f,
+    zero,
+    unit: tl.constexpr,
+    SLICE: tl.constexpr,
+    VALUE: tl.constexpr,
+    NH: tl.constexpr,
+    DV: tl.constexpr,
+    FULL: tl.constexpr,
+):
     """Merge one slice over the warps and write it: acc [NH, DV]."""
     if VALUE.kind == 0 or FULL:
         factor: tl.constexpr = unit
@@ -618,7 +662,7 @@ def _attend_window(
         if FULL:
             s = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee")
         else:
-            s, unused = _halves(tl.dot(q, tl.permute(k, (0, 2, 1))), NH, W, P)
+            s, _ = _halves(tl.dot(q, tl.permute(k, (0, 2, 1))), NH, W, P)
         s *= scale
         if CAPPED:
             s = _cap(s, softcap)
@@ -644,7 +688,7 @@ def _attend_window(
     tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
 
 
-# ---- after: the items of a row, un-rotated -------------------------------------------------------------------------------
+# ---- after: the items of a row, un-rotated --------------------------------------------------------------------------
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Pages as Triton kernels see them: where they lie, how their codes become operands of matrix products.
 
-Codes are the A or B operand of a product as they are: key codes as int8, value codes as fp16 whose low mantissa bits are
-the code, which is code * 2^-24 exactly. Inline assembly works on four codes of a register at once; the interpreter, and
-devices that are not NVIDIA's, take the same operations in plain Triton.
+Codes are the A or B operand of a product as they are: key codes as int8, value codes as fp16 whose low mantissa bits
+are the code, which is code * 2^-24 exactly. Inline assembly works on four codes of a register at once; the interpreter,
+and devices that are not NVIDIA's, take the same operations in plain Triton.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _side(layout: PageLayout, name: str) -> Side:
     )
 
 
-# ---- addresses -----------------------------------------------------------------------------------------------------
+# ---- addresses ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def to_code_order(x, W: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
     return tl.reshape(tl.permute(tl.reshape(x, (W, N, P // 16, 2, 4, 2)), (0, 1, 2, 4, 3, 5)), (W, N, P))
 
 
-# ---- parts of pages: [W] pages at once -------------------------------------------------------------------------------
+# ---- parts of pages: [W] pages at once ------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def load_meta(page, PAGE: tl.constexpr, W: tl.constexpr):
     return ks, kz, vs, vz
 
 
-# ---- bytes to numbers ------------------------------------------------------------------------------------------------
+# ---- bytes to numbers -----------------------------------------------------------------------------------------------
 
 
 @triton.jit

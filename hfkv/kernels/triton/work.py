@@ -1,8 +1,8 @@
 """The decode step's work, laid out at a flush and used until the next: who reads which pages, and where results go.
 
-All rows' pages and windows lie one behind the other, row by row, tier by tier; their bytes are cut into equal shares. A
-work item is a piece between two cuts or borders of rows and tiers, so there are always rows * (tiers + 1) + shares - 1 of
-them (some empty), which the host knows without asking the device: one program each.
+All rows' pages and windows lie one behind the other, row by row, tier by tier; their bytes are cut into equal shares.
+A work item is a piece between two cuts or borders of rows and tiers, so there are always
+rows * (tiers + 1) + shares - 1 of them (some empty), which the host knows without asking the device: one program each.
 """
 
 from __future__ import annotations
