@@ -6,7 +6,7 @@ and one set of operations serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ class Compaction:
         scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
         growth: per tier, on the host: pages that rows need anew, and give back.
         widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
+        flags: what the check of the incoming tokens found, 0 for nothing.
     """
 
     stay: list[Tensor]
@@ -67,6 +68,7 @@ class Compaction:
     scores: list[Tensor] | None
     growth: list[list[int]]
     widest: list[int]
+    flags: int = 0
 
 
 class PackedRows:
@@ -143,7 +145,14 @@ class PackedRows:
 
     # ---- decide and count --------------------------------------------------------------------------------------------
 
-    def plan(self, target: Tensor, current: Tensor, scores: list[Tensor], rescored: bool = True) -> Compaction:
+    def plan(
+        self,
+        target: Tensor,
+        current: Tensor,
+        scores: list[Tensor],
+        rescored: bool = True,
+        check: Callable[[list[Tensor]], Tensor] | None = None,
+    ) -> Compaction:
         """Turn a policy's answer into a compaction.
 
         Args:
@@ -151,6 +160,8 @@ class PackedRows:
             current: same shape; EMPTY marks slots without a token.
             scores: scores of the stored tokens, per tier [rows, slots].
             rescored: whether the scores differ from those stored.
+            check: looks at the tokens that enter each tier, bool [rows, n], and returns flags int32 [1] of what cannot
+                be coded; they come to the host together with the page counts.
         """
         widths = [s.shape[1] for s in scores]
         widths.append(target.shape[1] - sum(widths))
@@ -169,21 +180,23 @@ class PackedRows:
             needed.amax(0),
             needed.sum(1).amax()[None],
         )
-        numbers = torch.cat(summary).tolist()  # the one look of the host at a compaction
+        flags = () if check is None else (check(entering).long(),)
+        numbers = torch.cat((*summary, *flags)).tolist()  # the one look of the host at a compaction
         growth = [numbers[tier : 2 * self.tiers : self.tiers] for tier in range(self.tiers)]
-        return Compaction(
-            stay, demoted, entering, lengths, scores if rescored else None, growth, numbers[2 * self.tiers :]
-        )
+        if len(set(self.classes)) < self.tiers:  # one free list: there is room in whatever order tiers use it
+            growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
+        widest, found = numbers[2 * self.tiers : 3 * self.tiers + 1], numbers[3 * self.tiers + 1 :]
+        return Compaction(stay, demoted, entering, lengths, scores if rescored else None, growth, widest, sum(found))
 
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
-        self._note_mean(incoming)
+        self.note_mean(incoming)
         return [
             pack_tokens(layout, self.basis, *incoming.chosen(entering))
             for layout, entering in zip(self.layouts, plan.entering, strict=True)
         ]
 
-    def _note_mean(self, incoming: Incoming) -> None:
+    def note_mean(self, incoming: Incoming) -> None:
         """Fix the mean key of every row at the first tokens that it packs."""
         if not self.shift:
             return
@@ -191,19 +204,19 @@ class PackedRows:
             self.basis.mean = torch.zeros(self.rows, incoming.k.shape[-1], device=self.pool.device)
         count = incoming.valid.sum(1)  # [rows]
         fresh = ~self.has_mean & (count > 0)
-        if bool(fresh.any()):
-            keys = self.basis.rotate_keys(incoming.k[fresh]) * incoming.valid[fresh][..., None]
-            self.basis.mean[fresh] = keys.sum(1) / count[fresh][:, None]
-            self.has_mean |= fresh
+        if self.pool.device.type == "cpu" and not bool(fresh.any()):
+            return
+        total = torch.bmm(incoming.valid.float()[:, None], incoming.k.float()).squeeze(1)  # [rows, D]
+        mean = self.basis.rotate_keys(total / count.clamp_min(1)[:, None])
+        self.basis.mean = torch.where(fresh[:, None], mean, self.basis.mean)
+        self.has_mean = self.has_mean | fresh
 
     # ---- do ----------------------------------------------------------------------------------------------------------
 
     def apply(self, plan: Compaction, coded: list[Tokens]) -> None:
         """Do what was planned; the pool must have room for it."""
         counts = [self.page_counts(tier) for tier in range(self.tiers)]
-        width = self.table.ids.shape[1]
-        width = width if plan.widest[-1] <= width else max(plan.widest[-1], 2 * width)  # grown by doubling
-        table = self.table.widened(width, counts[1] if self.tiers == 2 else torch.zeros_like(counts[0]))
+        table = self.table.widened(self.width_for(plan), counts[0])
         arriving = [[(tokens, entering.sum(1))] for tokens, entering in zip(coded, plan.entering, strict=True)]
         for tier in range(self.tiers):
             if plan.scores is not None:
@@ -218,6 +231,11 @@ class PackedRows:
         table.lengths[:, : self.tiers] = plan.lengths
         self.table = table
         self.changed()
+
+    def width_for(self, plan: Compaction) -> int:
+        """Columns of the page table afterwards; it grows by doubling."""
+        width, needed = self.table.ids.shape[1], plan.widest[-1]
+        return width if needed <= width else max(needed, 2 * width)
 
     def _rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:
         """Write the new scores of stored tokens into their pages."""
