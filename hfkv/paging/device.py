@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.compaction import pages_for
-from hfkv.paging.rows import Compaction, Incoming, PackedRows
+from hfkv.paging.compaction import Compaction
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.table import PageTable
 
 
