@@ -16,8 +16,9 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
 from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
+from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
-from hfkv.paging.rows import Compaction, PackedRows
+from hfkv.paging.rows import PackedRows
 from hfkv.report import Report, make_report
 from hfkv.tiering import apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors

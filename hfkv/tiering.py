@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.kernels.quantize_pack import Tokens
-from hfkv.paging.rows import Compaction, Incoming, PackedRows
+from hfkv.paging.compaction import Compaction
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW
 from hfkv.window import Sequences

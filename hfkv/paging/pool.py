@@ -170,6 +170,16 @@ class PagePool:
         page_class.free += total
         self._used.index_add_(0, ids >> SLOT_BITS, -torch.ones_like(ids))
 
+    def free_list(self, cls: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What kernels exchange pages by: ring int32 [size], pointers int64 [head, tail], used pages int32 [chunks]."""
+        page_class = self._classes[cls]
+        return page_class.ring, page_class.pointers, self._used
+
+    def note_exchange(self, cls: int, released: int, allocated: int) -> None:
+        """Count what kernels have done to a free list; `reserve` must have been called for it."""
+        self._classes[cls].free += released - allocated
+        assert self._classes[cls].free >= 0, "pages taken without reserve"
+
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
         self._reclaim({})

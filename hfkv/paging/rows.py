@@ -6,17 +6,17 @@ and one set of operations serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hfkv.kernels import compaction
 from hfkv.kernels.compaction import pages_for
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, code_tokens, pack_tokens, unpack_tokens
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens
+from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
-from hfkv.paging.table import PageTable, ragged_index
+from hfkv.paging.table import PageTable
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
 
 
@@ -44,29 +44,6 @@ class Incoming:
             return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
         row, column = entering.nonzero(as_tuple=True)
         return self.k[row, column], self.v[row, column], row, self.score[row, column], self.birth[row, column]
-
-
-@dataclass
-class Compaction:
-    """What one flush will do to its rows, decided and counted before anything changes.
-
-    Attributes:
-        stay: per tier, bool [rows, slots] of stored tokens that keep their tier.
-        demoted: bool [rows, slots] of high tokens that become low.
-        entering: per tier, bool [rows, n] of incoming tokens.
-        lengths: int64 [rows, tiers] afterwards.
-        scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
-        growth: per tier, on the host: pages that rows need anew, and give back.
-        widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
-    """
-
-    stay: list[Tensor]
-    demoted: Tensor | None
-    entering: list[Tensor]
-    lengths: Tensor
-    scores: list[Tensor] | None
-    growth: list[list[int]]
-    widest: list[int]
 
 
 class PackedRows:
@@ -143,7 +120,14 @@ class PackedRows:
 
     # ---- decide and count --------------------------------------------------------------------------------------------
 
-    def plan(self, target: Tensor, current: Tensor, scores: list[Tensor], rescored: bool = True) -> Compaction:
+    def plan(
+        self,
+        target: Tensor,
+        current: Tensor,
+        scores: list[Tensor],
+        rescored: bool = True,
+        check: Callable[[list[Tensor]], Tensor] | None = None,
+    ) -> Compaction:
         """Turn a policy's answer into a compaction.
 
         Args:
@@ -151,6 +135,8 @@ class PackedRows:
             current: same shape; EMPTY marks slots without a token.
             scores: scores of the stored tokens, per tier [rows, slots].
             rescored: whether the scores differ from those stored.
+            check: looks at the tokens that enter each tier, bool [rows, n], and returns flags int32 [1] of what cannot
+                be coded; they come to the host together with the page counts.
         """
         widths = [s.shape[1] for s in scores]
         widths.append(target.shape[1] - sum(widths))
@@ -169,21 +155,23 @@ class PackedRows:
             needed.amax(0),
             needed.sum(1).amax()[None],
         )
-        numbers = torch.cat(summary).tolist()  # the one look of the host at a compaction
+        flags = () if check is None else (check(entering).long(),)
+        numbers = torch.cat((*summary, *flags)).tolist()  # the one look of the host at a compaction
         growth = [numbers[tier : 2 * self.tiers : self.tiers] for tier in range(self.tiers)]
-        return Compaction(
-            stay, demoted, entering, lengths, scores if rescored else None, growth, numbers[2 * self.tiers :]
-        )
+        if len(set(self.classes)) < self.tiers:  # one free list: there is room in whatever order tiers use it
+            growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
+        widest, found = numbers[2 * self.tiers : 3 * self.tiers + 1], numbers[3 * self.tiers + 1 :]
+        return Compaction(stay, demoted, entering, lengths, scores if rescored else None, growth, widest, sum(found))
 
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
-        self._note_mean(incoming)
+        self.note_mean(incoming)
         return [
             pack_tokens(layout, self.basis, *incoming.chosen(entering))
             for layout, entering in zip(self.layouts, plan.entering, strict=True)
         ]
 
-    def _note_mean(self, incoming: Incoming) -> None:
+    def note_mean(self, incoming: Incoming) -> None:
         """Fix the mean key of every row at the first tokens that it packs."""
         if not self.shift:
             return
@@ -191,24 +179,24 @@ class PackedRows:
             self.basis.mean = torch.zeros(self.rows, incoming.k.shape[-1], device=self.pool.device)
         count = incoming.valid.sum(1)  # [rows]
         fresh = ~self.has_mean & (count > 0)
-        if bool(fresh.any()):
-            keys = self.basis.rotate_keys(incoming.k[fresh]) * incoming.valid[fresh][..., None]
-            self.basis.mean[fresh] = keys.sum(1) / count[fresh][:, None]
-            self.has_mean |= fresh
+        if self.pool.device.type == "cpu" and not bool(fresh.any()):
+            return
+        total = torch.bmm(incoming.valid.float()[:, None], incoming.k.float()).squeeze(1)  # [rows, D]
+        mean = self.basis.rotate_keys(total / count.clamp_min(1)[:, None])
+        self.basis.mean = torch.where(fresh[:, None], mean, self.basis.mean)
+        self.has_mean = self.has_mean | fresh
 
     # ---- do ----------------------------------------------------------------------------------------------------------
 
     def apply(self, plan: Compaction, coded: list[Tokens]) -> None:
         """Do what was planned; the pool must have room for it."""
         counts = [self.page_counts(tier) for tier in range(self.tiers)]
-        width = self.table.ids.shape[1]
-        width = width if plan.widest[-1] <= width else max(plan.widest[-1], 2 * width)  # grown by doubling
-        table = self.table.widened(width, counts[1] if self.tiers == 2 else torch.zeros_like(counts[0]))
+        table = self.table.widened(self.width_for(plan), counts[0])
         arriving = [[(tokens, entering.sum(1))] for tokens, entering in zip(coded, plan.entering, strict=True)]
         for tier in range(self.tiers):
             if plan.scores is not None:
                 self.rescore(tier, counts[tier], plan.scores[tier])
-            edit = _Edit(self, tier, plan, counts[tier])
+            edit = TierEdit(self.pool, self.classes[tier], self.table, tier, plan, counts[tier])
             if tier == 0 and plan.demoted is not None:
                 arriving[1].insert(0, edit.demoted(self.layouts[1], plan.demoted))
             edit.close_holes()
@@ -218,6 +206,11 @@ class PackedRows:
         table.lengths[:, : self.tiers] = plan.lengths
         self.table = table
         self.changed()
+
+    def width_for(self, plan: Compaction) -> int:
+        """Columns of the page table afterwards; it grows by doubling."""
+        width, needed = self.table.ids.shape[1], plan.widest[-1]
+        return width if needed <= width else max(needed, 2 * width)
 
     def rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:
         """Write the new scores of stored tokens into their pages."""
@@ -233,77 +226,3 @@ class PackedRows:
         grid = part.new_zeros(self.rows, width, *part.shape[1:])
         grid[row, index] = part
         return grid
-
-
-class _Edit:
-    """The pages of one tier that a compaction changes, and what becomes of them.
-
-    Attributes:
-        row, index: int64 [pages], which page of which row: first those that are there, then those that come.
-        pages: uint8 [pages, page_bytes], copies; the others are not touched.
-    """
-
-    def __init__(self, rows: PackedRows, tier: int, plan: Compaction, counts: Tensor) -> None:
-        self.pool, self.table, self.tier = rows.pool, rows.table, tier
-        self.layout, self.cls = rows.layouts[tier], rows.classes[tier]
-        self.stay, self.counts = plan.stay[tier], counts
-        self.kept = self.stay.sum(1)
-        tokens = self.layout.tokens
-        self.needed = pages_for(plan.lengths[:, tier], tokens)
-        before = rows.table.lengths[:, tier].long()
-        touched = compaction.touched_pages(self.stay, before, plan.lengths[:, tier], tokens)
-        self.row, self.index = touched.nonzero(as_tuple=True)
-        self.ids = self.table.lookup(tier, self.row, self.index)
-        self.pages = self.pool.gather(self.cls, self.ids)
-        width = max(touched.shape[1], plan.widest[tier])
-        self.position = torch.zeros(rows.rows, width, dtype=torch.int64, device=self.ids.device)
-        self.position[self.row, self.index] = torch.arange(self.row.numel(), device=self.ids.device)
-
-    def flat(self, row: Tensor, slot: Tensor) -> Tensor:
-        """Slots of rows -> flat slots of `pages`."""
-        tokens = self.layout.tokens
-        return self.position[row, slot // tokens] * tokens + slot % tokens
-
-    def demoted(self, low: PageLayout, demoted: Tensor) -> tuple[Tokens, Tensor]:
-        """The demoted tokens in their new code, and how many each row has."""
-        tokens = compaction.take(self.layout, self.pages, self.flat(*demoted.nonzero(as_tuple=True)))
-        keys, values = unpack_tokens(self.layout, tokens)
-        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"]), demoted.sum(1)
-
-    def close_holes(self) -> None:
-        """Fill holes from the tail, and leave free slots without metadata."""
-        row, source, target = compaction.hole_moves(self.stay)
-        if row.numel():
-            moved = compaction.take(self.layout, self.pages, self.flat(row, source))
-            compaction.put(self.layout, self.pages, self.flat(row, target), moved)
-        slot = torch.arange(self.layout.tokens, device=self.row.device)
-        free = self.index[:, None] * self.layout.tokens + slot >= self.kept[self.row][:, None]
-        compaction.clear(self.layout, self.pages, free)
-
-    def exchange(self, table: PageTable) -> None:
-        """Give back the pages that rows no longer need and take those that they need anew, into `table`."""
-        stays = self.index < self.needed[self.row]
-        self.pool.release(self.cls, self.ids[~stays])
-        demand = (self.needed - self.counts).clamp_min(0)
-        row, index = ragged_index(demand)
-        index = index + self.counts[row]
-        ids = self.pool.allocate(self.cls, demand)
-        self.position[row, index] = torch.arange(row.numel(), device=row.device) + self.row.numel()
-        self.pages = torch.cat([self.pages, self.pages.new_zeros(row.numel(), self.layout.page_bytes)])
-        self.ids, self.held = torch.cat([self.ids, ids]), torch.cat([stays, torch.ones_like(row, dtype=torch.bool)])
-        table.write(self.tier, row, index, ids)
-
-    def append(self, arriving: list[tuple[Tokens, Tensor]]) -> None:
-        """Put tokens, row by row and so many of each row, behind what the rows have kept."""
-        end = self.kept
-        for tokens, count in arriving:
-            row, rank = ragged_index(count)
-            compaction.put(self.layout, self.pages, self.flat(row, end[row] + rank), tokens)
-            end = end + count
-
-    def write(self) -> None:
-        """Put the pages that rows still have back to where they lie."""
-        if bool(self.held.all()):
-            self.pool.scatter(self.cls, self.ids, self.pages)
-        else:
-            self.pool.scatter(self.cls, self.ids[self.held], self.pages[self.held])

@@ -39,7 +39,7 @@ class PageTable:
     def joined(cls, tables: list[PageTable], page_tokens: int) -> PageTable:
         """The rows of several tables, one after the other, as wide as the widest."""
         width = max(table.ids.shape[1] for table in tables)
-        parts = [t if t.ids.shape[1] == width else t.widened(width, t.page_counts(1, page_tokens)) for t in tables]
+        parts = [t if t.ids.shape[1] == width else t.widened(width, t.page_counts(0, page_tokens)) for t in tables]
         return cls.of(torch.cat([t.ids for t in parts]), torch.cat([t.lengths for t in parts]))
 
     def split(self, parts: int) -> list[PageTable]:
@@ -64,16 +64,15 @@ class PageTable:
         self.ids[row, self._column(tier, index)] = ids
 
     def widened(self, width: int, counts: Tensor) -> PageTable:
-        """A copy with at least `width` columns; `counts` are the pages of tier 1."""
+        """A copy with at least `width` columns; `counts` int64 [rows]: pages of tier 0; the others move right."""
         old = self.ids.shape[1]
         if width <= old:
             return self.clone()
-        ids, row, index = self.pages(1, counts)
-        grown = self.ids.new_zeros(self.ids.shape[0], width)
-        grown[:, :old] = self.ids
-        other = PageTable.of(grown, self.lengths.clone())
-        other.write(1, row, index, ids)
-        return other
+        if not old:
+            return PageTable.of(self.ids.new_zeros(self.ids.shape[0], width), self.lengths.clone())
+        column = torch.arange(width, device=self.ids.device)
+        source = torch.where(column < counts[:, None], column, column - (width - old)).clamp(0, old - 1)
+        return PageTable.of(self.ids.gather(1, source), self.lengths.clone())
 
     def _column(self, tier: int, index: Tensor) -> Tensor:
         return index if tier == 0 else self.ids.shape[1] - 1 - index
