@@ -74,18 +74,16 @@ def _newest(
     return q.take_along_dim(index[:, None, :, None], 2), last, total
 
 
-def observe_stored(
-    tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]
-) -> tuple[list[Tensor], Tensor]:
-    """New scores from the kept queries: of packed tokens, per tier [rows, slots], and of the window's [rows, n].
+def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
+    """Scores of the window's tokens [rows, n] from the kept queries; packed tokens get theirs in `stored`.
 
-    `stored` are the packed tokens' `score` and `birth` so far, per tier [rows, slots].
+    Args:
+        stored: the packed tokens' `score` float32 and `birth`, per tier [rows, slots or more].
     """
     packed, fill, heads = tokens.packed, sequences.fill, tokens.window.heads
-    old = [parts["score"].float() for parts in stored]
     q, call = tokens.queries.kept(), tokens.call
     if q is None or call is None:
-        return old, torch.ones(fill.batch * heads, sequences.k.shape[2], device=sequences.k.device)
+        return torch.ones(fill.batch * heads, sequences.k.shape[2], device=sequences.k.device)
     groups = q.shape[1] // heads
     at = torch.tensor(tokens.queries.positions, device=q.device)
     position = fill.token_positions[:, None]  # [batch, 1, n]
@@ -100,11 +98,10 @@ def observe_stored(
     in_window = p[..., work.width : work.width + keys.shape[1]].unflatten(1, (groups, -1)).sum(2).amax(1)
     score = _scored(in_window / visible.sum(1).clamp_min(1), visible, fill.lengths, heads)
     length = fill.lengths.repeat_interleave(heads, 0)[:, None]
-    new = [
-        aged(score, block * length, parts["birth"], fill.seen, tokens.queries.stands_for)
-        for score, block, parts in zip(old, received, stored, strict=True)
-    ]
-    return new, score
+    for block, parts in zip(received, stored, strict=True):
+        old, birth = (parts[name][:, : block.shape[1]] for name in ("score", "birth"))
+        old.copy_(aged(old, block * length, birth, fill.seen, tokens.queries.stands_for))
+    return score
 
 
 def observe_stored_fused(tokens: LayerTokens, sequences: Sequences, at: Tensor) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hfkv.fill import Fill
-from hfkv.kernels.quantize_pack import Tokens
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
@@ -33,7 +32,7 @@ class Flush:
     layers: list[LayerTokens]
     packed: PackedRows  # the rows of all of them
     plan: Compaction
-    coded: list[Tokens]
+    coded: Any  # as the layers' kernels want them
     sequences: list[Sequences]
     leaving: Tensor  # int64 [batch]
 
@@ -49,7 +48,7 @@ def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
 
 def apply_flush(flush: Flush) -> None:
     """Do what `plan_flush` decided; the pool has room for it."""
-    flush.packed.apply(flush.plan, flush.coded)
+    flush.layers[0].kernels.apply(flush.packed, flush.plan, flush.coded)
     flush.packed.hand_back([tokens.packed for tokens in flush.layers])
     for tokens, sequences in zip(flush.layers, flush.sequences, strict=True):
         tokens.fill = tokens.cache.fills.left(sequences.fill, flush.leaving, tokens.config.window)
@@ -63,7 +62,8 @@ def _alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
     for tokens in layers:
         packed, config = tokens.packed, tokens.config
         shared = (id(packed.pool), id(packed.basis.key), id(packed.basis.value), id(tokens.fill), packed.shift)
-        key = (*shared, tuple(packed.layouts), packed.rows, tokens.dtype, config.window, config.selects)
+        shape = (packed.rows, tokens.dtype, tokens.kernels.name)
+        key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects)
         alike = groups.setdefault(key, [[]])
         if alike[-1] and (len(alike[-1]) + 1) * packed.rows * tokens.fill.seen > GROUP_TOKENS:
             alike.append([])
@@ -72,21 +72,16 @@ def _alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
 
 
 def _plan_group(layers: list[LayerTokens]) -> Flush:
-    first = layers[0]
+    first, kernels = layers[0], layers[0].kernels
     fill, window = first.fill, first.config.window
     leaving = (fill.counts - window).clamp_min(0)
     sequences = [Sequences(t.window.k[:, :, : fill.most], t.window.v[:, :, : fill.most], fill) for t in layers]
     packed = PackedRows.stacked([tokens.packed for tokens in layers])
-    stored = stored_tokens(packed, first.config.selects)
+    stored = kernels.stored(packed, first.config.selects)
     score = _observe(layers, sequences, stored) if first.config.selects else None
     incoming = incoming_tokens(sequences, leaving, window, score)
     plan = plan_tiers(layers, packed, incoming, stored, fill, rescored=True)
-    return Flush(layers, packed, plan, packed.code_incoming(plan, incoming), sequences, leaving)
-
-
-def stored_tokens(packed: PackedRows, selects: bool) -> Stored:
-    """What the pages hold of all rows, read once."""
-    return [packed.slots(tier, ("score", "birth") if selects else ()) for tier in range(packed.tiers)]
+    return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
 
 
 def _observe(layers: list[LayerTokens], sequences: list[Sequences], stored: Stored) -> Tensor:
@@ -96,12 +91,8 @@ def _observe(layers: list[LayerTokens], sequences: list[Sequences], stored: Stor
         parts["score"] = parts["score"].float()
     for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
         part = slice(index * rows, (index + 1) * rows)
-        widths = tokens.packed.work().slots
-        held = [{name: x[part, :w] for name, x in parts.items()} for w, (_, parts) in zip(widths, stored, strict=True)]
-        new, score = tokens.kernels.observe_stored(tokens, own, held)
-        for parts, fresh in zip(held, new, strict=True):
-            parts["score"].copy_(fresh)
-        scores.append(score)
+        held = [{name: x[part] for name, x in parts.items()} for _, parts in stored]
+        scores.append(tokens.kernels.observe_stored(tokens, own, held))
     return torch.cat(scores)
 
 
@@ -139,18 +130,19 @@ def plan_tiers(
         rescored: the scores in `stored` are new; False: the stored tokens stay as they are.
         after: fill that counts the incoming tokens as seen.
     """
+    check = layers[0].kernels.checker(packed, incoming)
     now = [torch.where(filled, (HIGH, LOW)[tier], EMPTY) for tier, (filled, _) in enumerate(stored)]
     current = torch.cat([*now, torch.where(incoming.valid, NEW, EMPTY)], 1).to(torch.int8)
     if not layers[0].config.selects:
         empty = [filled.float() for filled, _ in stored]
-        return packed.plan(torch.full_like(current, HIGH), current, empty, rescored=False)
+        return packed.plan(torch.full_like(current, HIGH), current, empty, False, check)
     old = [parts["score"].float() for _, parts in stored]
     score = torch.cat([*old, incoming.score], 1)
     birth = torch.cat([*(parts["birth"].long() for _, parts in stored), incoming.birth], 1)
     target = _ask(layers, after, score, birth, current)
     if not rescored:
         target = torch.where(current == NEW, target, current)
-    return packed.plan(target, current, old, rescored)
+    return packed.plan(target, current, old, rescored, check)
 
 
 def _ask(layers: list[LayerTokens], after: Fill, score: Tensor, birth: Tensor, current: Tensor) -> Tensor:

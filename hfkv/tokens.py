@@ -21,7 +21,7 @@ from hfkv.paging.packed import PackedLayer
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of
 from hfkv.quant import Codec, PageLayout, rotation
-from hfkv.tiering import incoming_tokens, plan_tiers, stored_tokens
+from hfkv.tiering import incoming_tokens, plan_tiers
 from hfkv.window import KeptQueries, Window
 
 if TYPE_CHECKING:
@@ -152,11 +152,11 @@ class LayerTokens:
         if self.config.selects:
             score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
         incoming = incoming_tokens([sequences], leaving, self.config.window, score)
-        stored = stored_tokens(self.packed, self.config.selects)
+        stored = self.kernels.stored(self.packed, self.config.selects)
         plan = plan_tiers([self], self.packed, incoming, stored, after, rescored=False)
-        coded = self.packed.code_incoming(plan, incoming)
+        coded = self.kernels.code(self.packed, plan, incoming)
         self.cache.reserve(self.packed.pool, [(self.packed, plan)])
-        self.packed.apply(plan, coded)
+        self.kernels.apply(self.packed, plan, coded)
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,11 +10,16 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, says_more_than_padding
 from hfkv.handle import Chunk
-from hfkv.kernels.triton import chunk_attention, decode_attention, prompt_attention
+from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, prompt_attention
+from hfkv.kernels.triton.quantize_pack import Pages as TierPages
+from hfkv.kernels.triton.quantize_pack import check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
 from hfkv.observe import observe_chunk_fused, observe_stored_fused
+from hfkv.paging.compaction import Compaction
+from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.table import PageTable
 from hfkv.window import Sequences
 
@@ -84,16 +90,45 @@ class FusedKernels:
     observe_chunk = staticmethod(observe_chunk_fused)
 
     @staticmethod
-    def observe_stored(
-        tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], Tensor]:
-        """New scores; the pages get theirs back until the flush has its pages, since one that fails changes nothing."""
-        packed, old = tokens.packed, [parts["score"].float() for parts in stored]
+    def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
+        """The kernel ages scores where they lie; pages get the old ones back, since a flush may still fail."""
+        packed = tokens.packed
         if not tokens.queries.positions or tokens.call is None:
-            return old, torch.ones(packed.rows, sequences.k.shape[2], device=sequences.k.device)
+            return torch.ones(packed.rows, sequences.k.shape[2], device=sequences.k.device)
         at = torch.tensor(tokens.queries.positions, device=sequences.k.device)
         window = observe_stored_fused(tokens, sequences, at)
-        new = [packed.slots(tier, ("score",))[1]["score"].float() for tier in range(packed.tiers)]
-        for tier, scores in enumerate(old):
-            packed.rescore(tier, packed.page_counts(tier), scores)
-        return new, window
+        for tier, parts in enumerate(stored):
+            pages, lengths = _pages(packed, tier), packed.table.lengths
+            new, _ = compaction.read_scores(pages, lengths, parts["score"].shape[1])
+            compaction.write_scores(pages, lengths, parts["score"])
+            parts["score"].copy_(new)
+        return window
+
+    @staticmethod
+    def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        held = []
+        for tier, layout in enumerate(packed.layouts):
+            slots = packed.widest[tier] * layout.tokens
+            filled = torch.arange(slots, device=packed.pool.device) < packed.table.lengths[:, tier, None]
+            parts = {}
+            if selects:
+                score, birth = compaction.read_scores(_pages(packed, tier), packed.table.lengths, slots)
+                parts = {"score": score, "birth": birth}
+            held.append((filled, parts))
+        return held
+
+    @staticmethod
+    def checker(packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor]:
+        return lambda entering: check_incoming(packed, entering, incoming)
+
+    @staticmethod
+    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Incoming:
+        """They are coded on their way into the pages; here only what the check has found is raised."""
+        check_flags(plan.flags)
+        return incoming
+
+    apply = staticmethod(apply_on_device)
+
+
+def _pages(packed: PackedRows, tier: int) -> TierPages:
+    return TierPages(packed.table.ids, packed.pool.chunk_addresses, packed.layouts[tier], tier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
 from hfkv.handle import Chunk
 from hfkv.observe import observe_chunk, observe_stored
+from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
@@ -54,10 +57,24 @@ class Kernels(Protocol):
         """Scores of window and chunk tokens from a chunk's last queries."""
         ...
 
-    def observe_stored(
-        self, tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], Tensor]:
-        """New scores from the kept queries: of packed tokens and of the window's."""
+    def observe_stored(self, tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
+        """Scores of the window's tokens from the kept queries; packed tokens get theirs in `stored`."""
+        ...
+
+    def stored(self, packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """What pages hold, per tier by slot: which slots are filled, `score` and `birth` where a policy selects."""
+        ...
+
+    def checker(self, packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor] | None:
+        """What looks at incoming tokens for `PackedRows.plan`; None: `code` does."""
+        ...
+
+    def code(self, packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
+        """The incoming tokens as `apply` wants them; raises where one cannot be coded, with nothing changed."""
+        ...
+
+    def apply(self, packed: PackedRows, plan: Compaction, coded: Any) -> None:
+        """Do what was planned; the pool must have room for it."""
         ...
 
 
@@ -73,3 +90,13 @@ class PlainKernels:
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)
+    code = staticmethod(PackedRows.code_incoming)
+    apply = staticmethod(PackedRows.apply)
+
+    @staticmethod
+    def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        return [packed.slots(tier, ("score", "birth") if selects else ()) for tier in range(packed.tiers)]
+
+    @staticmethod
+    def checker(packed: PackedRows, incoming: Incoming) -> None:
+        return None

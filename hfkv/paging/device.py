@@ -70,5 +70,4 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
         arriving = (incoming.k, incoming.v, incoming.score, incoming.birth)
         pack_rows(new[tier], rows.basis, *arriving, entering_slots(plan, tier), flags)
     table.lengths[:, : rows.tiers] = plan.lengths
-    rows.table = PageTable.of(table.ids, table.lengths)
-    rows.changed()
+    rows.exchanged(plan, PageTable.of(table.ids, table.lengths))

@@ -65,6 +65,7 @@ class PackedRows:
         self.basis = basis
         self.shift = shift
         self.has_mean = torch.zeros(self.rows, dtype=torch.bool, device=pool.device)
+        self.widest = [0] * len(layouts)
 
     @classmethod
     def stacked(cls, parts: Sequence[PackedRows]) -> PackedRows:
@@ -72,6 +73,7 @@ class PackedRows:
         first = parts[0]
         table = PageTable.joined([part.table for part in parts], first.layouts[0].tokens)
         rows = PackedRows(first.pool, first.layouts, table, first.basis, first.shift)
+        rows.widest = [max(widths) for widths in zip(*(part.widest for part in parts), strict=True)]
         rows.has_mean = torch.cat([part.has_mean for part in parts])
         means = [part.basis.mean for part in parts]
         known = next((mean for mean in means if mean is not None), None)
@@ -86,7 +88,7 @@ class PackedRows:
         tables, has_mean = self.table.split(len(parts)), self.has_mean.chunk(len(parts))
         means = [None] * len(parts) if self.basis.mean is None else self.basis.mean.chunk(len(parts))
         for part, table, has, mean in zip(parts, tables, has_mean, means, strict=True):
-            part.table, part.has_mean, part.basis.mean = table, has, mean
+            part.table, part.has_mean, part.basis.mean, part.widest = table, has, mean, self.widest
             part.changed()
 
     def changed(self) -> None:
@@ -204,7 +206,11 @@ class PackedRows:
             edit.append(arriving[tier])
             edit.write()
         table.lengths[:, : self.tiers] = plan.lengths
-        self.table = table
+        self.exchanged(plan, table)
+
+    def exchanged(self, plan: Compaction, table: PageTable) -> None:
+        """Go on with the table that a compaction has made."""
+        self.table, self.widest = table, plan.widest[: self.tiers]
         self.changed()
 
     def width_for(self, plan: Compaction) -> int:

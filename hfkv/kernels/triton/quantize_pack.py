@@ -295,6 +295,7 @@ def pack_rows(
     rows, n = slots.shape
     if not slots.numel():
         return
+    score, birth = score.contiguous(), birth.contiguous()
     for side, x, turn in (("key", k, basis.key), ("value", v, basis.value)):
         dim, value = x.shape[2], side == "value"
         assert x.stride(2) == 1 and slots.is_contiguous()

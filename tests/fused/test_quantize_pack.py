@@ -33,7 +33,7 @@ def make(tier, dims, dtype, scheme="fitted", tokens=32, rows=3, n=41, rotate=Tru
     basis = Basis(*turns, mean)
     k = (torch.randn(rows, n, dims[0], generator=generator) * 2).to(dtype)
     v = torch.randn(rows, n, dims[1], generator=generator).to(dtype)
-    score = torch.rand(rows, n, generator=generator) * 3
+    score = (torch.rand(rows, n + 3, generator=generator) * 3)[:, :n]
     birth = torch.arange(n).repeat(rows, 1)
     return pool, layout, cls, tier_index, table, basis, k, v, score, birth, slots
 
