@@ -65,6 +65,7 @@ def leankv_attention(
     chunk, cache = key.source, key.source.layer.cache
     try:
         _refuse_cross_attention(module, causal)
+        cache.fingerprint.check(module, chunk.layer.index)
         if chunk.layer.pending is chunk and chunk.layer.tokens is None:
             plain = _decide(module, chunk, position_bias, kwargs)
             if plain is not None:
