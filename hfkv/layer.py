@@ -137,6 +137,8 @@ class LeanKVLayer(DynamicLayer):
     def materialise(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Plain tensors for an operation outside the attention function; only the first chunk can be had so."""
         if self.tokens is not None:
+            if self.pending is chunk:
+                self.cache.undo_forward()
             raise ValueError(
                 f"layer {self.index} holds compressed tokens, but the model asks for plain keys and values: set "
                 'model.set_attn_implementation("leankv") again, or use a fresh cache'
