@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import weakref
 import zlib
@@ -41,7 +40,7 @@ class Fingerprint:
     Attributes:
         config: scalar fields of the first layer's config.
         weights: per layer, a checksum of a few numbers of every parameter of its attention module. Parameters that are
-            not in memory (offloaded) or not plain tensors are left out, and nothing is said about them.
+            offloaded, quantised or not plain tensors are left out: about them nothing is said.
     """
 
     def __init__(self) -> None:
@@ -99,7 +98,7 @@ def describe_config(config: Any) -> dict[str, Any]:
     found = {"model_type": text.model_type}
     for name, value in vars(text).items():
         if not name.startswith("_") and name not in INDIFFERENT:
-            found |= _entries(name, value)
+            found |= _entries(name, value.to_dict() if hasattr(value, "to_dict") else value)
     return found
 
 
@@ -109,7 +108,7 @@ def _entries(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, list | tuple) and len(value) <= MOST_ENTRIES:
         simple = all(isinstance(item, bool | int | float | str) for item in value)
         return {name: list(value)} if simple else {}
-    if isinstance(value, dict) and name.startswith("rope"):
+    if isinstance(value, dict) and name.startswith(("rope", "quantization")):
         return {k: v for key, item in value.items() for k, v in _entries(f"{name}.{key}", item).items()}
     return {}
 
@@ -125,16 +124,16 @@ def describe_weights(module: nn.Module) -> dict[str, int]:
 
 
 def _in_memory(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, parameter and its plain local tensor."""
-    packed = ((name, x) for name, x in module.named_buffers() if not x.is_floating_point())
-    for name, x in itertools.chain(module.named_parameters(), packed):
+    """Name, parameter and its plain local tensor; packed integer weights are left out, as backends repack them."""
+    for name, x in module.named_parameters():
         local = x.to_local() if hasattr(x, "to_local") else x.data
-        if type(local) is Tensor and not local.is_meta and local.numel():
+        if type(local) is Tensor and local.is_floating_point() and not local.is_meta and local.numel():
             yield name, x, local
 
 
 @torch.no_grad()
 def _checksum(x: Tensor) -> int:
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     at = torch.linspace(0, x.numel() - 1, min(SAMPLE, x.numel()), dtype=torch.float64).long()
-    sample = x.reshape(-1)[at.to(x.device)].cpu().contiguous()
+    sample = x.reshape(-1).view(bits)[at.to(x.device)].cpu()
     return zlib.crc32(bytes(sample.view(torch.uint8).tolist()), x.numel() & 0xFFFFFFFF)
