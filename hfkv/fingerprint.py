@@ -95,14 +95,18 @@ def describe_config(config: Any) -> dict[str, Any]:
     if not isinstance(config, PretrainedConfig):
         return {}
     text = config.get_text_config(decoder=True)
-    found = {"model_type": text.model_type}
+    found = {"model_type": text.model_type, "quantization": "none"}
     for name, value in vars(text).items():
         if not name.startswith("_") and name not in INDIFFERENT:
-            found |= _entries(name, value.to_dict() if hasattr(value, "to_dict") else value)
+            found |= _entries(name, value)
     return found
 
 
 def _entries(name: str, value: Any) -> dict[str, Any]:
+    if name == "quantization_config":
+        fields = value if isinstance(value, dict) else value.to_dict()
+        method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+        return {"quantization": str(method), **_entries("quantization", fields)}
     if isinstance(value, bool | int | float | str):
         return {name: value}
     if isinstance(value, list | tuple) and len(value) <= MOST_ENTRIES:
