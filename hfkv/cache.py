@@ -100,6 +100,7 @@ class LeanKVCache(LazyLinearLayers):
 
     # ---- update ----------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -256,6 +257,12 @@ class LeanKVCache(LazyLinearLayers):
             "a LeanKVCache cannot be read as (keys, values) pairs, since its tokens are packed: use cache.report()"
         )
 
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Logical tokens after a forward of `query_length` more, and the position of the first of them."""
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, whatever is kept of them."""
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], LeanKVLayer):
