@@ -1,6 +1,6 @@
 """docs/compatibility.md: every way to generate x every kind of model, ours against the caches of transformers.
 
-    python tests/compatibility.py            # measures with the transformers at hand, replaces its section
+    python tests/compatibility.py [FAMILY ...]    # measures with the transformers at hand, replaces its section or rows
 
 A cell runs one mode on one tiny random model with DynamicCache, with `exact` and `k8v4`, and with QuantizedCache
 (quanto, 4 bits) where optimum-quanto is installed.
@@ -65,6 +65,8 @@ def reused(model: PreTrainedModel, new: Callable[[], Cache]) -> torch.Tensor:
     cache = new()
     first = generated(model, cache, [150])
     cache.reset()
+    if cache.get_seq_length():  # DynamicCache kept its length before transformers 5.20: no reference
+        cache = new()
     return torch.cat([first, generated(model, cache, [150])], 1)
 
 
@@ -182,12 +184,17 @@ def shown(found: dict[str, str]) -> str:
     return " / ".join(found[key] for key in ("exact", "k8v4", "quantized") if key in found)
 
 
-def section() -> str:
+def section(before: str, names: list[str]) -> str:
+    """The table of the transformers at hand: rows of `names` measured, the others as they were."""
     quantized = importlib.util.find_spec("optimum") is not None
+    known = {line.split("|")[1].strip(): line for line in before.splitlines() if line.startswith("|")}
     lines = [f"## transformers {transformers.__version__}", "", "| | " + " | ".join(MODES) + " | logits |"]
     lines.append("|---" * (len(MODES) + 2) + "|")
     for name in NAMES:
         if Version(BY_NAME[name].needs) > TRANSFORMERS:
+            continue
+        if name in known and name not in names:
+            lines.append(known[name])
             continue
         cells = [name, *(shown(cell(name, mode, quantized)) for mode in MODES), closeness(name, quantized)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -211,13 +218,16 @@ the report says so.
 """
 
 
+def sections() -> dict[str, str]:
+    """Version of transformers -> its section in the file."""
+    parts = re.split(r"^(?=## transformers )", FILE.read_text(), flags=re.M)[1:] if FILE.exists() else []
+    return {part.split()[2]: part.rstrip() + "\n" for part in parts}
+
+
 def main() -> None:
-    sections: dict[str, str] = {}
-    if FILE.exists():
-        for part in re.split(r"^(?=## transformers )", FILE.read_text(), flags=re.M)[1:]:
-            sections[part.split()[2]] = part.rstrip() + "\n"
-    sections[transformers.__version__] = section()
-    ordered = [sections[version] for version in sorted(sections, key=Version, reverse=True)]
+    made = section(sections().get(transformers.__version__, ""), sys.argv[1:] or NAMES)
+    found = sections() | {transformers.__version__: made}
+    ordered = [found[version] for version in sorted(found, key=Version, reverse=True)]
     FILE.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=FILE.parent, delete=False) as file:
         file.write(HEAD + "\n".join(ordered))
