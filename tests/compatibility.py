@@ -65,8 +65,9 @@ def reused(model: PreTrainedModel, new: Callable[[], Cache]) -> torch.Tensor:
     cache = new()
     first = generated(model, cache, [150])
     cache.reset()
-    if cache.get_seq_length():  # DynamicCache kept its length before transformers 5.20: no reference
-        cache = new()
+    if Version("5.20") > TRANSFORMERS:  # DynamicCache.reset kept the length: no reference, nor a cross-attention part
+        own = getattr(cache, "self_attention_cache", cache)
+        cache = wrapped(model, own if isinstance(own, LeanKVCache) else DynamicCache(config=model.config))
     return torch.cat([first, generated(model, cache, [150])], 1)
 
 
