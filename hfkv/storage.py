@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     C = TypeVar("C", bound=LeanKVCache)
 
 FORMAT, VERSION = "hfkv-cache", "1"
+HEADER = {"format", "version", "written_by", "config", "model", "state", "checksum"}
 UNSIGNED = "0" * 64
 """The checksum's place in the header while the checksum is worked out."""
 
@@ -249,8 +250,8 @@ def _verified(path: Path) -> dict[str, str]:
         header = _header(file.read(8), path, file)
         try:
             metadata = json.loads(header)["__metadata__"]
-            known = metadata["format"] == FORMAT
-        except (ValueError, KeyError, TypeError):
+            known = metadata["format"] == FORMAT and metadata.keys() >= HEADER
+        except (ValueError, KeyError, TypeError, AttributeError):
             known = False
         if not known:
             raise ValueError(f"{path} is not a file of LeanKVCache.save, or its header is damaged")

@@ -186,7 +186,8 @@ def test_every_damage_is_noticed(tmp_path: Path) -> None:
             LeanKVCache.load(path)
     generator = torch.Generator().manual_seed(0)
     header = int.from_bytes(whole[:8], "little")
-    places = [0, 1, 8, 9, *torch.randint(10, header, (150,), generator=generator).tolist()]
+    keys = [whole.index(f'"{key}":'.encode()) + 1 for key in sorted(storage.HEADER)]
+    places = [0, 1, 8, 9, *torch.randint(10, header, (150,), generator=generator).tolist(), *keys]
     places += torch.randint(header, len(whole), (150,), generator=generator).tolist()
     for place in places:
         broken = bytearray(whole)
