@@ -42,7 +42,7 @@ test: $(VENV)/model
 
 # The smaller set against the oldest transformers that is supported.
 test-oldest: $(VENV)/oldest
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest-packages $(BIN)/python -m pytest -n 2 tests/test_modes.py tests/test_errors.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest-packages $(BIN)/python -m pytest -n 2 tests/test_modes.py tests/test_errors.py tests/test_storage.py tests/test_compatibility.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ def leankv_attention(
     chunk, cache = key.source, key.source.layer.cache
     try:
         _refuse_cross_attention(module, causal)
+        cache.fingerprint.check(module, chunk.layer.index)
         if chunk.layer.pending is chunk and chunk.layer.tokens is None:
             plain = _decide(module, chunk, position_bias, kwargs)
             if plain is not None:
@@ -165,14 +167,14 @@ def _decide(module: nn.Module, chunk: Chunk, position_bias: Tensor | None, kwarg
 
 
 def _native_layer(config: Any, layer: LeanKVLayer) -> Any:
-    """The layer that transformers' DynamicCache would use here."""
+    """A fresh layer of the kind that transformers' DynamicCache would use here."""
     if not isinstance(config, PretrainedConfig):
         return DynamicLayer()
     cache = layer.cache
     if cache.native_layers is None or cache.native_layers[0] is not config:
         cache.native_layers = (config, DynamicCache(config=config).layers)
     layers = cache.native_layers[1]
-    return layers[layer.index] if layer.index < len(layers) else DynamicLayer()
+    return copy.deepcopy(layers[layer.index]) if layer.index < len(layers) else DynamicLayer()
 
 
 def _refuse_config(config: PretrainedConfig) -> None:

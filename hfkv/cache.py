@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +13,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hfkv import storage
 from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
+from hfkv.fingerprint import Fingerprint
+from hfkv.forward import ForwardBook
 from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
+from hfkv.natives import check_native
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import PackedRows
@@ -82,9 +87,8 @@ class LeanKVCache(LazyLinearLayers):
         self.workspaces: dict[torch.device, Any] = {}
         self._page_tokens: int | None = None
         self.encoder_decoder = False
-        self._updates: dict[int, int] = {}
-        self._lead = 0
-        self._undo: list[tuple[int, Any, Any]] = []
+        self.forwards = ForwardBook()
+        self.fingerprint = Fingerprint()
         self._flush_due = False
         self._budget_said = False
         self.fills = FillBook()
@@ -98,6 +102,7 @@ class LeanKVCache(LazyLinearLayers):
 
     # ---- update ----------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -109,16 +114,16 @@ class LeanKVCache(LazyLinearLayers):
             RuntimeError: an earlier forward stopped halfway.
         """
         layer = self.layer_at(layer_idx)
-        begins = self._begins_forward(layer_idx)
+        begins = self.forwards.begins(self, layer_idx)
         if isinstance(layer, LeanKVLayer):
             layer.check(key_states, value_states)
             if begins and self._must_flush(key_states.shape[2]):
                 self.flush()
             state: Any = layer.snapshot(key_states.shape[2])
         else:
+            check_native(layer, layer_idx, key_states, value_states)
             state = copy.copy(layer)
-        self._undo.append((layer_idx, layer, state))
-        self._updates[layer_idx] = self._updates.get(layer_idx, 0) + 1
+        self.forwards.note(layer_idx, layer, state)
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def layer_at(self, index: int) -> Any:
@@ -141,38 +146,6 @@ class LeanKVCache(LazyLinearLayers):
         """What the compressing layers hold, in their order."""
         return [layer.tokens for layer in self.lean_layers if layer.tokens is not None]
 
-    def _begins_forward(self, index: int) -> bool:
-        """Whether a layer's update is the first of a forward, in which all layers come once and in order."""
-        lead = self._lead if self._updates else index
-        if index > lead:
-            if self._updates.get(index, 0) + 1 != self._updates[lead]:
-                raise self._aborted(index)
-            return False
-        self._check_complete()
-        self._undo, self._lead = [], index
-        return True
-
-    def _check_complete(self) -> None:
-        """Raise where the last forward did not reach every layer."""
-        most = max(self._updates.values(), default=0)
-        for index, count in self._updates.items():
-            layer = self.layers[index]
-            if count != most or (isinstance(layer, LeanKVLayer) and layer.pending is not None):
-                raise self._aborted(index)
-
-    def _aborted(self, index: int) -> Exception:
-        if self.encoder_decoder:
-            return ValueError(
-                f"layer {index} and others were not updated equally often, as when cross-attention shares the cache: "
-                "pass past_key_values=EncoderDecoderCache(LeanKVCache(...), DynamicCache()); or a forward stopped "
-                "halfway: call cache.reset()"
-            )
-        return RuntimeError(
-            f"an earlier forward stopped halfway: layer {index} does not hold what other layers hold; call "
-            "cache.reset() and start again from the prompt (encoder-decoder models need "
-            "EncoderDecoderCache(LeanKVCache(...), DynamicCache()))"
-        )
-
     def _must_flush(self, new: int) -> bool:
         """Whether `new` tokens need the windows emptied first: a step would overflow one, or a prompt left work."""
         held = self.compressed
@@ -182,18 +155,7 @@ class LeanKVCache(LazyLinearLayers):
 
     def undo_forward(self) -> None:
         """Put every layer back to where it was before the forward that is failing."""
-        for index, layer, state in reversed(self._undo):
-            self._updates[index] -= 1
-            if isinstance(layer, LeanKVLayer):
-                layer.restore(state)
-                self.layers[index] = layer
-                self.plain_reasons.pop(index, None)
-            else:
-                self.layers[index] = state
-        self._undo = []
-        self._updates = {index: count for index, count in self._updates.items() if count}
-        for pool in self.pools:
-            pool.trim()
+        self.forwards.undo(self)
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 
@@ -208,10 +170,11 @@ class LeanKVCache(LazyLinearLayers):
         for pool in self.pools:
             work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
             self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
-        for layer in self.lean_layers:
-            layer.generation += 1
-        for flush in planned:
-            apply_flush(flush)
+        with self.forwards.changing("flush"):
+            for layer in self.lean_layers:
+                layer.generation += 1
+            for flush in planned:
+                apply_flush(flush)
         self._flush_due = False
 
     def request_flush(self) -> None:
@@ -296,6 +259,12 @@ class LeanKVCache(LazyLinearLayers):
             "a LeanKVCache cannot be read as (keys, values) pairs, since its tokens are packed: use cache.report()"
         )
 
+    @torch.compiler.disable
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Logical tokens after a forward of `query_length` more, and the position of the first of them."""
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: tokens seen, whatever is kept of them."""
         if layer_idx < len(self.layers) and isinstance(self.layers[layer_idx], LeanKVLayer):
@@ -310,6 +279,29 @@ class LeanKVCache(LazyLinearLayers):
         """Forget everything and give the memory back; the cache is then as new."""
         self._start()
 
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: a policy of one's own or a layer of an unknown class, which cannot be written.
+            RuntimeError: a forward stopped halfway.
+        """
+        storage.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> LeanKVCache:
+        """Read what `save` wrote, to `device` or to where it was; the model that filled it goes on from there.
+
+        Raises:
+            ValueError: the file is truncated, altered, no cache, of another version, or its device is not here.
+            OutOfPages: the config's `max_bytes` does not hold it.
+        """
+        return storage.load(cls, path, device)
+
+    # ---- more of transformers' calls ---------------------------------------------------------------------------------
+
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drop the newest tokens: `-n` (or 0) removes n, a positive number is the length to keep.
 
@@ -322,11 +314,17 @@ class LeanKVCache(LazyLinearLayers):
         lean = self.lean_layers
         for layer in lean:
             layer.check_crop(remove)
-        for layer in self.layers:
-            if not isinstance(layer, LeanKVLayer) and hasattr(layer, "crop"):
-                layer.crop(-remove)  # 0 too: layers that record their past drop the record
-        for layer in lean:
-            layer.crop(-remove)
+        before = [layer if isinstance(layer, LeanKVLayer) else copy.copy(layer) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                if not isinstance(layer, LeanKVLayer) and hasattr(layer, "crop"):
+                    layer.crop(-remove)  # 0 too: layers that record their past drop the record
+        except BaseException:
+            self.layers = before
+            raise
+        with self.forwards.changing("crop"):
+            for layer in lean:
+                layer.crop(-remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i a copy of today's sequence `beam_idx[i]`."""
@@ -352,8 +350,9 @@ class LeanKVCache(LazyLinearLayers):
             own = [tokens for tokens in held if tokens.packed.pool is pool]
             growth = [(t.packed, t.packed.select_demand(t.rows_of(index.to(pool.device)))) for t in own]
             self._reserve_growth(pool, growth, FLUSH_SLACK)
-        for layer in self.layers:
-            if isinstance(layer, LeanKVLayer):
-                layer.select(index)
-            else:
-                plain(layer)
+        with self.forwards.changing("reorder"):
+            for layer in self.layers:
+                if isinstance(layer, LeanKVLayer):
+                    layer.select(index)
+                else:
+                    plain(layer)

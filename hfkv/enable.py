@@ -80,11 +80,11 @@ def _switch(model: PreTrainedModel, name: str) -> None:
 def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
     """`_prepare_cache_for_generation` of an enabled model: a fresh LeanKVCache where transformers makes its own."""
     config, _ = self.__dict__[_SETTINGS]
-    wanted = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
-    dynamic = generation_config.cache_implementation in (None, "dynamic") and self._supports_default_dynamic_cache()
     original = getattr(type(self), _HOOK)
-    if not (wanted and dynamic):
+    wanted = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+    if not (wanted and self._supports_default_dynamic_cache()):
         return original(self, generation_config, model_kwargs, *args, **kwargs)
+    _refuse_other_cache(self, generation_config.cache_implementation)
     own: Any = LeanKVCache(config, model_config=self.config)
     cache: Any = EncoderDecoderCache(own, DynamicCache()) if self.config.is_encoder_decoder else own
     model_kwargs["past_key_values"] = cache
@@ -94,3 +94,15 @@ def _prepare_cache(self: Any, generation_config: Any, model_kwargs: dict, *args:
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     return result
+
+
+def _refuse_other_cache(model: PreTrainedModel, asked: str | None) -> None:
+    """Raise where a call asks for another kind of cache; what the model's own defaults ask for is replaced."""
+    if asked in (None, "dynamic"):
+        return
+    if asked != getattr(model.generation_config, "cache_implementation", None):
+        raise ValueError(
+            f"generate(cache_implementation={asked!r}) on a model under hfkv.enable, which gives every call a "
+            "LeanKVCache: leave it out, or call hfkv.disable(model) first"
+        )
+    logger.warning("LeanKVCache takes the place of generation_config.cache_implementation=%r", asked)

@@ -129,32 +129,16 @@ class LeanKVLayer(DynamicLayer):
     def check(self, key_states: Tensor, value_states: Tensor) -> None:
         """Raise ValueError where keys and values do not fit what is held: another batch, model, dtype or device."""
         if self.tokens is not None:
-            self._check_same("keys", key_states, self.tokens.window.k)
-            self._check_same("values", value_states, self.tokens.window.v)
-
-    def _check_same(self, name: str, new: Tensor, own: Tensor) -> None:
-        where = f"layer {self.index} of this LeanKVCache holds {name}"
-        if new.shape[0] != own.shape[0]:
-            raise ValueError(
-                f"{where} of {own.shape[0]} sequences and got {new.shape[0]}: the batch size is fixed by the first "
-                "prompt; use a fresh cache, batch_select_indices or batch_repeat_interleave"
-            )
-        if new.shape[1] != own.shape[1] or new.shape[3] != own.shape[3]:
-            raise ValueError(
-                f"{where} of {own.shape[1]} heads x {own.shape[3]} and got {new.shape[1]} x {new.shape[3]}: it belongs "
-                "to another model; use a fresh cache"
-            )
-        if new.dtype != own.dtype or new.device != own.device:
-            raise ValueError(
-                f"{where} in {own.dtype} on {own.device} and got {new.dtype} on {new.device}: use a fresh cache for a "
-                "model of another dtype or device"
-            )
+            check_same(self.index, "keys", key_states, self.tokens.window.k)
+            check_same(self.index, "values", value_states, self.tokens.window.v)
 
     # ---- handles and attention ---------------------------------------------------------------------------------------
 
     def materialise(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Plain tensors for an operation outside the attention function; only the first chunk can be had so."""
         if self.tokens is not None:
+            if self.pending is chunk:
+                self.cache.undo_forward()
             raise ValueError(
                 f"layer {self.index} holds compressed tokens, but the model asks for plain keys and values: set "
                 'model.set_attn_implementation("leankv") again, or use a fresh cache'
@@ -254,3 +238,23 @@ class LeanKVLayer(DynamicLayer):
         assert self.tokens is not None
         self.tokens.restore(held)
         self.seen, self.pending = seen, None
+
+
+def check_same(index: int, name: str, new: Tensor, own: Tensor) -> None:
+    """Raise ValueError where `new` keys or values cannot follow the layer's `own`, [batch, kv_heads, tokens, dim]."""
+    where = f"layer {index} of this LeanKVCache holds {name}"
+    if new.shape[0] != own.shape[0]:
+        raise ValueError(
+            f"{where} of {own.shape[0]} sequences and got {new.shape[0]}: the batch size is fixed by the first "
+            "prompt; use a fresh cache, batch_select_indices or batch_repeat_interleave"
+        )
+    if new.shape[1] != own.shape[1] or new.shape[3] != own.shape[3]:
+        raise ValueError(
+            f"{where} of {own.shape[1]} heads x {own.shape[3]} and got {new.shape[1]} x {new.shape[3]}: it belongs "
+            "to another model; use a fresh cache"
+        )
+    if new.dtype != own.dtype or new.device != own.device:
+        raise ValueError(
+            f"{where} in {own.dtype} on {own.device} and got {new.dtype} on {new.device}: use a fresh cache for a "
+            "model of another dtype or device"
+        )

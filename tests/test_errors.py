@@ -335,6 +335,21 @@ def test_out_of_pages_in_the_first_prompt() -> None:
     assert_continues(cache, prompt(PROMPT))
 
 
+def test_out_of_pages_after_a_layer_that_transformers_keeps() -> None:
+    """Layer 0 slides and had its tokens when layer 1 found no room: the next prompt starts afresh in both."""
+    cache = exact(max_bytes=ROOM // 2)
+    with pytest.raises(OutOfPages, match="max_bytes"):
+        feed(lean("gemma2"), cache, prompt(3000))
+    ids, steps = prompt(PROMPT), prompt(40, seed=3).split(1, dim=1)
+    other = DynamicCache(config=native("gemma2").config)
+    feed(lean("gemma2"), cache, ids)
+    feed(native("gemma2"), other, ids)
+    got, want = (
+        torch.cat([feed(m, c, s) for s in steps], 1) for m, c in ((lean("gemma2"), cache), (native("gemma2"), other))
+    )
+    assert relative_rms(got, want) < LOGITS
+
+
 def test_out_of_pages_in_a_later_turn() -> None:
     cache = exact(max_bytes=ROOM)
     feed(lean("llama"), cache, prompt(PROMPT))

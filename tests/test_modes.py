@@ -257,12 +257,13 @@ def test_only_the_new_ids_and_the_full_mask() -> None:
     assert_same_tokens(*both("llama", run))
 
 
-def test_reset_and_again() -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_reset_and_again(name: str) -> None:
     cache = exact()
     for lengths in ([3, 150], [3, 150], [64], [5, 1, 97]):
         inputs = left_padded(lengths)
-        got = greedy(lean("llama"), cache, inputs)
-        assert_same_tokens(got, greedy(native("llama"), DynamicCache(), inputs))
+        got = greedy(lean(name), cache, inputs)
+        assert_same_tokens(got, greedy(native(name), DynamicCache(config=native(name).config), inputs))
         cache.reset()
         assert cache.get_seq_length() == 0
 
