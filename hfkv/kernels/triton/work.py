@@ -169,7 +169,7 @@ class StepPlan:
     @functools.cached_property
     def registers(self) -> int | None:
         """Registers that a thread of the decode kernel may have; None: the compiler decides."""
-        return registers_of(capability_of(self.device), self.layouts)
+        return None if self.dtype == torch.float32 else registers_of(capability_of(self.device), self.layouts)
 
     @functools.cached_property
     def _bytes(self) -> Tensor:
@@ -199,7 +199,7 @@ def stages_of(full: bool) -> tuple[int, int]:
 def registers_of(capability: int, layouts: tuple[PageLayout, ...]) -> int | None:
     """Registers that a thread may have; None: the compiler decides."""
     first = layouts[0]
-    if first.key.dim > 128 or first.key.dtype.itemsize == 4 and not first.key.bits:
+    if first.key.dim > 128:
         return None
     if not first.key.bits:  # exact pages are large: shared memory holds three programs at most
         return 224
