@@ -87,7 +87,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         call.scaling * LOG2E, softcap, packed.table.ids.shape[1], *counted, plan.capacity, *where,
         HIGH=tiers[0], LOW=tiers[1] if len(tiers) == 2 else None, NH=COLUMNS, D=dim, DV=value_dim, WIDE=wide,
         WIDE_V=wide_v, CAPPED=call.softcap is not None, FULL=full, STAGES=high, STAGES_LOW=low, W=plan.warps,
-        num_warps=4 * plan.warps if full else plan.warps,
+        num_warps=4 * plan.warps if full else plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
     kernels.combine_items[(plan.rows, plan.columns)](
         space.acc, space.stats, plan.items, plan.offsets, value, call.sinks, out, plan.pieces - 1, *counted,

@@ -22,8 +22,11 @@ COLUMNS = 8
 WARPS = 2
 """Pages that a program reads at once."""
 
-PROGRAMS_PER_SM = {80: 6, 86: 3, 89: 3, 90: 6, 100: 6, 120: 3}
+PROGRAMS_PER_SM = {80: 6, 86: 3, 89: 3, 90: 6, 100: 5, 120: 3}
 """Programs that fit a multiprocessor: 12 warps of 168 registers, less where shared memory is scarce."""
+
+MAX_REGISTERS = {86: 224, 89: 224, 90: None, 100: 176, 120: 224}
+"""Registers that a thread may have where the compiler's own choice (None) spills; few programs fit anyway."""
 
 CPU_PROGRAMS = 6
 
@@ -164,6 +167,11 @@ class StepPlan:
         self.offsets[-1] = self.count
 
     @functools.cached_property
+    def registers(self) -> int | None:
+        """Registers that a thread of the decode kernel may have; None: the compiler decides."""
+        return None if self.dtype == torch.float32 else registers_of(capability_of(self.device), self.layouts)
+
+    @functools.cached_property
     def _bytes(self) -> Tensor:
         """int64 [pieces]: bytes of a page of every tier, and of a step of the window."""
         first = self.layouts[0]
@@ -179,15 +187,31 @@ def programs_on(device: torch.device) -> int:
     """Programs of a decode launch that fill the device."""
     if device.type != "cuda":
         return CPU_PROGRAMS
-    properties = torch.cuda.get_device_properties(device)
-    capability = properties.major * 10 + properties.minor
-    known = max((c for c in PROGRAMS_PER_SM if c <= capability), default=80)
-    return properties.multi_processor_count * PROGRAMS_PER_SM[known]
+    known = max((c for c in PROGRAMS_PER_SM if c <= capability_of(device)), default=80)
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM[known]
 
 
 def stages_of(full: bool) -> tuple[int, int]:
     """Pipeline stages of the page loops of the two tiers; `full`: float32 products, whose tiles are large."""
     return (1, 1) if full else (2, 2)
+
+
+def registers_of(capability: int, layouts: tuple[PageLayout, ...]) -> int | None:
+    """Registers that a thread may have; None: the compiler decides."""
+    first = layouts[0]
+    if first.key.dim > 128:
+        return None
+    if not first.key.bits:  # exact pages are large: shared memory holds three programs at most
+        return 224
+    return MAX_REGISTERS[max((c for c in MAX_REGISTERS if c <= capability), default=90)]
+
+
+def capability_of(device: torch.device) -> int:
+    """89 for compute capability 8.9; 0 without CUDA."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
 
 
 def power_of_two(n: int) -> int:
