@@ -33,7 +33,7 @@ def observe_chunk(
         lse: [rows, groups, queries] over all keys; None where `sequences` is all there is.
     """
     fill, heads, groups = sequences.fill, sequences.k.shape[1], q.shape[1] // sequences.k.shape[1]
-    picked, last, total = _newest(sequences, q, valid, lse, count)
+    picked, last, total = newest_queries(sequences, q, valid, lse, count)
     slot = torch.arange(sequences.k.shape[2], device=q.device)
     visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, count, n]
     if total is not None:
@@ -43,18 +43,7 @@ def observe_chunk(
     return _scored(received, visible, fill.lengths, heads)
 
 
-def observe_chunk_fused(
-    sequences: Sequences, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None, count: int
-) -> Tensor:
-    """`observe_chunk` by the Triton kernels."""
-    from hfkv.kernels.triton.observe import observe_exact
-
-    picked, last, total = _newest(sequences, q, valid, lse, count)
-    terms = (call.scaling, call.softcap, call.sinks)
-    return observe_exact(picked, sequences.k, last, sequences.fill.lengths, *terms, total)
-
-
-def _newest(
+def newest_queries(
     sequences: Sequences, q: Tensor, valid: Tensor | None, lse: Tensor | None, count: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The last `count` real queries [batch, q_heads, count, D], the slot of each [batch, count] and its log-sum-exp.
@@ -102,27 +91,6 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[
         old, birth = (parts[name][:, : block.shape[1]] for name in ("score", "birth"))
         old.copy_(aged(old, block * length, birth, fill.seen, tokens.queries.stands_for))
     return score
-
-
-def observe_stored_fused(tokens: LayerTokens, sequences: Sequences, at: Tensor) -> Tensor:
-    """`observe_stored` by the Triton kernels: packed tokens get their new scores in place; the window's [rows, n].
-
-    Args:
-        at: int [queries], logical positions of the kept queries; there is at least one.
-    """
-    from hfkv.kernels.triton.observe import observe_pages
-    from hfkv.kernels.triton.tiles import Pages
-
-    q, call, fill, heads = tokens.queries.kept(), tokens.call, sequences.fill, tokens.window.heads
-    assert q is not None and call is not None
-    position = fill.token_positions[:, None]  # [batch, 1, n]
-    last = ((position <= at[:, None]) & (position >= 0)).sum(2) - 1  # [batch, queries]
-    rotated = tokens.packed.basis.rotate_keys(head_rows(q, heads, call)) / call.scaling
-    constant = tokens.packed.basis.constant(rotated * call.scaling)
-    age = (fill.seen, tokens.queries.stands_for, SCORE_HORIZON)
-    terms = (call.scaling, call.softcap, call.sinks)
-    pages = Pages.of(tokens.packed)
-    return observe_pages(q, rotated, constant, pages, sequences.k, last, fill.lengths, *age, *terms)
 
 
 def aged(old: Tensor, observed: Tensor, birth: Tensor, seen: int, stands_for: int) -> Tensor:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hfkv.attend import Call, Past, attend_own, says_more_than_padding
+from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
-from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, prompt_attention
+from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, observe, prompt_attention
 from hfkv.kernels.triton.quantize_pack import Pages as TierPages
 from hfkv.kernels.triton.quantize_pack import check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
-from hfkv.observe import observe_chunk_fused, observe_stored_fused
+from hfkv.observe import SCORE_HORIZON, newest_queries
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
@@ -87,16 +87,29 @@ class FusedKernels:
         held = (past.view, past.basis, window, chunk.k, chunk.v)
         return chunk_attention.attend_chunk(*held, q, valid, *terms, with_lse=observed > 0)
 
-    observe_chunk = staticmethod(observe_chunk_fused)
+    @staticmethod
+    def observe_chunk(
+        sequences: Sequences, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None, count: int
+    ) -> Tensor:
+        picked, last, total = newest_queries(sequences, q, valid, lse, count)
+        terms = (call.scaling, call.softcap, call.sinks)
+        return observe.observe_exact(picked, sequences.k, last, sequences.fill.lengths, *terms, total)
 
     @staticmethod
     def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
         """The kernel ages scores where they lie; pages get the old ones back, since a flush may still fail."""
-        packed = tokens.packed
-        if not tokens.queries.positions or tokens.call is None:
+        packed, q, call, fill = tokens.packed, tokens.queries.kept(), tokens.call, sequences.fill
+        if q is None or call is None:
             return torch.ones(packed.rows, sequences.k.shape[2], device=sequences.k.device)
-        at = torch.tensor(tokens.queries.positions, device=sequences.k.device)
-        window = observe_stored_fused(tokens, sequences, at)
+        at = torch.tensor(tokens.queries.positions).to(q.device, non_blocking=True)
+        position = fill.token_positions[:, None]  # [batch, 1, n]
+        last = ((position <= at[:, None]) & (position >= 0)).sum(2) - 1  # [batch, queries]
+        scaled = packed.basis.rotate_keys(head_rows(q, tokens.window.heads, call))
+        constant = packed.basis.constant(scaled)
+        age = (fill.seen, tokens.queries.stands_for, SCORE_HORIZON)
+        terms = (call.scaling, call.softcap, call.sinks)
+        held = (Pages.of(packed), sequences.k, last, fill.lengths)
+        window = observe.observe_pages(q, scaled / call.scaling, constant, *held, *age, *terms)
         for tier, parts in enumerate(stored):
             pages, lengths = _pages(packed, tier), packed.table.lengths
             new, _ = compaction.read_scores(pages, lengths, parts["score"].shape[1])

@@ -59,7 +59,7 @@ def test_a_continued_prompt(
         valid = torch.ones(batch, tokens, dtype=torch.bool)
         valid[0, :11] = False
         valid[-1, 20:23] = False
-    past = Past(layer.work(), layer.basis, window, fill)
+    past = Past(layer, layer.work(), window, fill)
     want, total = attend_chunk(past, SimpleNamespace(k=k, v=v), q, valid, call, 64)
     for row, length in enumerate(held.tolist()):
         window.k[row, :, length:] = window.v[row, :, length:] = float("nan")
@@ -80,7 +80,7 @@ def test_pages_stay_readable_while_tokens_are_appended():
     pages = Pages.of(layer)
     q = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(1))
     before = chunk_attention.attend_pages(pages, q, None, 0.2, None, False)
-    layer.table.widen(100, layer.page_counts(1))
+    layer.table = layer.table.widened(100, layer.page_counts(0))
     layer.table.lengths += 5
     after = chunk_attention.attend_pages(pages, q, None, 0.2, None, False)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])

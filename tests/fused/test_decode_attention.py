@@ -34,7 +34,7 @@ def make_past(layer, heads, counts, capacity, value_dim, dtype):
         k[sequence, :, most if uniform is None else count :] = float("nan")  # the twin reads up to `most`
         v[sequence, :, most if uniform is None else count :] = float("nan")
     positions = None if uniform is not None else torch.zeros(batch, most, dtype=torch.long)
-    return Past(layer.work(), layer.basis, Window(k, v), Fill(uniform, counts, most, positions, most, None), layer)
+    return Past(layer, layer.work(), Window(k, v), Fill(uniform, counts, most, positions, most, None))
 
 
 def reference(past, q, call):

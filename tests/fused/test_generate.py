@@ -1,5 +1,7 @@
 """The whole path of a token through Triton's kernels, equal to the plain-torch path."""
 
+import copy
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -29,7 +31,7 @@ def small(preset, **changes):
     return LeanKVConfig.preset(preset, window=8, flush=4, observe=8, page_tokens=32, **changes)
 
 
-def logits_of(model, backend, config, monkeypatch, turns=((37, 11), (9, 2))):
+def logits_of(model, backend, config, monkeypatch, turns=((37, 9), (9, 1))):
     """Logits of greedy steps after every prompt of `turns`; the first prompt has a row with pads on its left."""
     monkeypatch.setenv("HFKV_BACKEND", backend)
     model.set_attn_implementation("leankv")
@@ -67,28 +69,35 @@ def test_prompts_steps_and_flushes_equal_the_torch_path(make, preset, monkeypatc
     assert sum(report.bytes.values()) == report.physical_bytes
 
 
-def test_out_of_pages_changes_nothing(monkeypatch):
+def test_a_flush_without_pages_changes_nothing(monkeypatch):
+    """Scores are observed in the pages themselves, and must be what they were if the flush then fails."""
     model = llama()
-    _, cache = logits_of(model, "triton", small("balanced"), monkeypatch, turns=((37, 3),))
-    cache.config = small("balanced", max_bytes=cache.report().physical_bytes - cache.report().pool_free_bytes)
-    ids = torch.full((2, 1), 5)
-    mask = torch.ones(2, 37 + 3, dtype=torch.long)
-    mask[0, :20] = 0
-    held = [layer.packed.slots(t, ("score",))[1]["score"] for layer in cache.compressed for t in range(2)]
-    failed = False
-    for _ in range(40):
-        before = cache.get_seq_length()
-        try:
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask, past_key_values=cache)
-        except OutOfPages:
-            failed = True
-            break
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        held = [layer.packed.slots(t, ("score",))[1]["score"] for layer in cache.compressed for t in range(2)]
-    assert failed and cache.get_seq_length() == before
-    after = [layer.packed.slots(t, ("score",))[1]["score"] for layer in cache.compressed for t in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(held, after, strict=True))
+    _, cache = logits_of(model, "triton", small("balanced"), monkeypatch, turns=((37, 5),))
+    with torch.no_grad():
+        while not cache._must_flush(1):
+            mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long)
+            mask[0, :20] = 0
+            model(input_ids=torch.full((2, 1), 5), attention_mask=mask, past_key_values=cache)
+        control, before = copy.deepcopy(cache), held(cache)
+
+        def refuse(demand, slack=0.0):
+            raise OutOfPages("none left")
+
+        with monkeypatch.context() as patch, pytest.raises(OutOfPages):
+            patch.setattr(cache.pools[0], "reserve", refuse)
+            cache.flush()
+        assert all(torch.equal(x, y) for x, y in zip(before, held(cache), strict=True))
+        cache.flush()
+        control.flush()
+    assert all(torch.equal(x, y) for x, y in zip(held(control), held(cache), strict=True))
+    assert any(not torch.equal(x, y) for x, y in zip(before, held(cache), strict=True))
+
+
+def held(cache):
+    """Tokens per tier, and their scores, of every layer."""
+    layers = [tokens.packed for tokens in cache.compressed]
+    scores = [packed.slots(tier, ("score",))[1]["score"] for packed in layers for tier in range(packed.tiers)]
+    return [packed.table.lengths.clone() for packed in layers] + scores
 
 
 def test_the_backend_is_what_was_asked_for(monkeypatch):

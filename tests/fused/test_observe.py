@@ -7,8 +7,9 @@ import torch
 from oracle import make_layer, poison, relative_rms
 
 from hfkv.attend import Call
+from hfkv.backends.fused import FusedKernels
+from hfkv.backends.plain import PlainKernels
 from hfkv.fill import Fill, advance
-from hfkv.observe import observe_chunk, observe_chunk_fused, observe_stored, observe_stored_fused
 from hfkv.window import Sequences
 
 EXACT = 2e-5
@@ -50,8 +51,8 @@ def check_prompt(batch, heads, groups, dim, tokens, queries, count, softcap, sin
     for row, length in enumerate(fill.counts.tolist()):
         k[row, :, length:] = float("nan")  # slots without a token
     args = (Sequences(k, k, fill), q, valid, call, lse, count)
-    got = observe_chunk_fused(*args)
-    want = observe_chunk(Sequences(k.nan_to_num(), k, fill), *args[1:])
+    got = FusedKernels.observe_chunk(*args)
+    want = PlainKernels.observe_chunk(Sequences(k.nan_to_num(), k, fill), *args[1:])
     assert torch.equal(got == 1, want == 1) or valid is None
     assert relative_rms(got, want) < bound
 
@@ -96,15 +97,24 @@ def test_a_flush(counts, tiers, dim, page, codec, groups, queries, dtype, softca
         queries=SimpleNamespace(kept=lambda: q, positions=at.tolist(), stands_for=31),
         call=Call(2.0 * dim**-0.5, softcap, torch.randn(heads * groups, generator=generator) if sinks else None),
     )
-    packed, in_window = observe_stored(tokens, Sequences(k.nan_to_num(), k, fill))
-    got_window = observe_stored_fused(tokens, Sequences(k, k, fill), at)
+    before = [layer.slots(tier, ("score",))[1]["score"] for tier in range(layer.tiers)]
+    held_plain, held_fused = scores(PlainKernels, layer), scores(FusedKernels, layer)
+    in_window = PlainKernels.observe_stored(tokens, Sequences(k.nan_to_num(), k, fill), held_plain)
+    got_window = FusedKernels.observe_stored(tokens, Sequences(k, k, fill), held_fused)
     assert relative_rms(got_window, in_window) < (HALF if dtype == torch.float16 else EXACT)
     for tier in range(layer.tiers):
         filled, parts = layer.slots(tier, ("score",))
-        got, want = parts["score"].float(), packed[tier].clamp_max(65504.0)
+        assert torch.equal(parts["score"], before[tier])  # until the flush has its pages
+        got, want = held_fused[tier]["score"], held_plain[tier]["score"].clamp_max(65504.0)
         assert (got[~filled] == 0).all()
         if filled.any():
             assert relative_rms(got[filled], want[filled]) < (HALF if dtype == torch.float16 else 5e-4)
+
+
+def scores(kernels, layer):
+    """Scores in float32 and births of the stored tokens, per tier, as a flush reads them."""
+    held = [parts for _, parts in kernels.stored(layer, True)]
+    return [{"score": parts["score"].float(), "birth": parts["birth"]} for parts in held]
 
 
 def test_a_score_stays_in_its_format():
@@ -119,6 +129,6 @@ def test_a_score_stays_in_its_format():
         queries=SimpleNamespace(kept=lambda: q, positions=at.tolist(), stands_for=8192),
         call=Call(1.0, None, None),
     )
-    observe_stored_fused(tokens, Sequences(k, k, fill), at)
-    filled, parts = layer.slots(0, ("score",))
-    assert (parts["score"][filled] == 65504.0).all()
+    held = scores(FusedKernels, layer)
+    FusedKernels.observe_stored(tokens, Sequences(k, k, fill), held)
+    assert (held[0]["score"][layer.slots(0, ())[0]] == 65504.0).all()
