@@ -6,7 +6,8 @@ that they take while the device passes over the pages at full bandwidth: above 1
 does well. `issue_share` takes all bytes of a page, as the floor of a decode call does (physical bytes over bandwidth);
 the limit is on it. `issue_share_read` takes only what is read, without scores and births, and is the higher one.
 
-`--check` exits with 1 where a build does not compile or spills, or where a decode loop is over a limit.
+`--check` exits with 1 where a build does not compile, does not fit into shared memory or spills (`Build.held`), or
+where a decode loop is over a limit.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ COLUMNS_SHOWN = ("build", "warps", "sm", "loop", "registers", "spills", "shared"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is passed")
-    parser.add_argument("--ci", action="store_true", help="only the builds that guard the limits")
+    parser.add_argument("--ci", action="store_true", help="only one build or so of every kernel, what the gate needs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at once")
     parser.add_argument("--only", default="", help="only builds with this in their name")
     arguments = parser.parse_args()
@@ -150,6 +151,8 @@ def main() -> int:
                     f"{build.name}, {build.warps} warps, sm_{build.arch} {row['loop']}: {', '.join(shown)}", flush=True
                 )
             wrong += faults(build, rows)
+    if len(todo) == len(builds(False)):  # all anew: nothing that is no longer built stays
+        (RESULTS / "aot.csv").unlink(missing_ok=True)
     merge_csv(RESULTS / "aot.csv", table, by=("build", "warps", "sm", "loop"))
     print(f"{len(todo)} builds in {time.monotonic() - begin:.0f} s; triton {triton.__version__}")
     for text in wrong:
