@@ -6,7 +6,8 @@ that they take while the device passes over the pages at full bandwidth: above 1
 does well. `issue_share` takes all bytes of a page, as the floor of a decode call does (physical bytes over bandwidth);
 the limit is on it. `issue_share_read` takes only what is read, without scores and births, and is the higher one.
 
-`--check` exits with 1 where a build does not compile or spills, or where a decode loop is over a limit.
+`--check` exits with 1 where a build does not compile, does not fit into shared memory or spills (`Build.held`), or
+where a decode loop is over a limit.
 """
 
 from __future__ import annotations
@@ -17,23 +18,16 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels do not compile
 
-import torch
 import triton
+from aot_builds import WARPS, Build, builds
 from rows import RESULTS, merge_csv
 from sass import Code, Loop, disassemble
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from hfkv.config import Tier
-from hfkv.kernels.triton import decode_kernels
-from hfkv.kernels.triton.pages import pages_of
-from hfkv.kernels.triton.work import COLUMNS, WARPS, power_of_two, registers_of, stages_of
-from hfkv.quant import Codec, PageLayout
 
 BYTES_PER_CLOCK = {80: 1.94e12 / 108 / 1.41e9, 90: 4.8e12 / 132 / 1.98e9, 100: 8.0e12 / 148 / 1.85e9}
 """Device memory per multiprocessor: A100, H200, B200. Four instructions can be issued per clock."""
@@ -42,189 +36,6 @@ SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have."""
 
 MAX_PER_CODE, MAX_ISSUE = 1.5, 0.5
-TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Build:
-    """One kernel compiled for one architecture.
-
-    Attributes:
-        name: what is compiled, for people.
-        kernel, arch: the Triton function, and the target.
-        types: Triton type of every argument that is not a constant; pointers are taken to be aligned to 16 bytes.
-        constants: value of every constant argument.
-        warps: per program.
-        aligned: arguments besides pointers that are multiples of 16.
-        registers: that a thread may have; None: the compiler decides.
-        loops: per hot loop, most bytes first: its name, and its codes, page bytes and bytes read per iteration.
-        held: whether the limits on hot loops and spills hold for it.
-    """
-
-    name: str
-    kernel: Any
-    arch: int
-    types: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    aligned: tuple[str, ...] = ()
-    registers: int | None = None
-    loops: tuple[tuple[str, int, int, int], ...] = ()
-    held: bool = True
-
-
-# ---- what is compiled -----------------------------------------------------------------------------------------------
-
-
-def decode(
-    tiers: tuple[Tier, ...],
-    arch: int,
-    dim: int = 128,
-    dtype: str = "bf16",
-    tokens: int = 64,
-    codec: str = "fitted",
-    capped: bool = False,
-    warps: int = WARPS,
-    held: bool = True,
-) -> Build:
-    """The decode kernel over one or two tiers and the window."""
-    layouts = [
-        PageLayout(*(Codec.of(t, side, dim, TORCH[dtype], codec) for side in ("key", "value")), tokens, True)
-        for t in tiers
-    ]
-    full, wide = dtype == "fp32", power_of_two(dim)
-    stages = stages_of(full)
-    names = ["exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers]
-    extras = [codec] * (codec != "fitted") + [dtype] * (dtype != "bf16") + ["softcap"] * capped
-    pointers = {
-        "q_ptr": dtype,
-        "whole_ptr": "i8",
-        "split_ptr": dtype,
-        "terms_ptr": "fp32",
-        "ids_ptr": "i32",
-        "lengths_ptr": "i32",
-        "chunks_ptr": "i64",
-        "items_ptr": "i32",
-        "window_k_ptr": dtype,
-        "window_v_ptr": dtype,
-        "counts_ptr": "i64",
-        "acc_ptr": "fp32",
-        "stats_ptr": "fp32",
-    }
-    strides = ("stride_batch", "stride_head", "stride_query")
-    numbers = ("table_width", "heads", "queries", "columns", "tiles", "capacity", *strides)
-    loops = tuple(
-        (
-            name,
-            warps * tokens * (layout.key.dim + layout.value.dim),
-            warps * layout.page_bytes,
-            warps * layout.fields["value_zero"][1],
-        )
-        for name, layout in zip(names, layouts, strict=True)
-        if layout.key.bits and not full
-    )
-    return Build(
-        name=" ".join(["decode", "/".join(names), f"D{dim}", f"P{tokens}", *extras]),
-        kernel=decode_kernels.decode_items,
-        arch=arch,
-        types={name: f"*{kind}" for name, kind in pointers.items()}
-        | {"scale": "fp32", "softcap": "fp32"}
-        | dict.fromkeys(numbers, "i32"),
-        constants=dict(
-            HIGH=pages_of(layouts[0]),
-            LOW=pages_of(layouts[1]) if len(layouts) == 2 else None,
-            NH=COLUMNS,
-            D=dim,
-            DV=dim,
-            WIDE=wide,
-            WIDE_V=wide,
-            CAPPED=capped,
-            FULL=full,
-            STAGES=stages[0],
-            STAGES_LOW=stages[1],
-            W=warps,
-        ),
-        warps=4 * warps if full else warps,
-        aligned=strides,
-        registers=None if full else registers_of(arch, tuple(layouts)),
-        loops=loops,
-        held=held,
-    )
-
-
-def prepare(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
-    """The kernel that makes queries the operands of pages."""
-    pointers = {
-        "q_ptr": dtype,
-        "rotation_ptr": "fp32",
-        "mean_ptr": "fp32",
-        "whole_ptr": "i8",
-        "split_ptr": dtype,
-        "terms_ptr": "fp32",
-    }
-    strides = ("stride_batch", "stride_head", "stride_query")
-    return Build(
-        name=f"prepare D{dim}",
-        kernel=decode_kernels.prepare_queries,
-        arch=arch,
-        types={name: f"*{kind}" for name, kind in pointers.items()}
-        | {"scale": "fp32"}
-        | dict.fromkeys(("heads", "queries", "columns", "tiles", *strides), "i32"),
-        constants=dict(
-            NH=COLUMNS, D=dim, BLOCK=32, WIDE=power_of_two(dim), CODED=True, SPLIT=False, FULL=dtype == "fp32"
-        ),
-        warps=4,
-        aligned=strides,
-    )
-
-
-def combine(arch: int, dim: int = 128, dtype: str = "bf16") -> Build:
-    """The kernel that merges a row's items."""
-    pointers = {
-        "acc_ptr": "fp32",
-        "stats_ptr": "fp32",
-        "items_ptr": "i32",
-        "offsets_ptr": "i32",
-        "rotation_ptr": "fp32",
-        "sinks_ptr": "fp32",
-        "out_ptr": dtype,
-    }
-    return Build(
-        name=f"combine D{dim}",
-        kernel=decode_kernels.combine_items,
-        arch=arch,
-        types={name: f"*{kind}" for name, kind in pointers.items()}
-        | dict.fromkeys(("window", "heads", "queries", "columns", "tiles"), "i32"),
-        constants=dict(NH=COLUMNS, DV=dim, WIDE_V=power_of_two(dim), BLOCK=32, STEP=16),
-        warps=4,
-    )
-
-
-K8V4, K4V4, K4V2 = (8, 4), (4, 4), (4, 2)
-
-
-def builds(ci: bool) -> Iterator[Build]:
-    """Everything that is compiled; an entry per kernel and case. With `ci` the few that guard the limits."""
-    for arch in (90, 80, 89, 100, 120):
-        yield decode((K8V4, K4V2), arch)
-        yield prepare(arch)
-        yield combine(arch)
-    yield decode((K8V4,), 90)
-    yield decode((K8V4, K4V2), 90, tokens=32)
-    yield decode((K8V4, K4V2), 90, dim=64)
-    yield decode(("exact",), 90)
-    if ci:
-        return
-    for arch in (90, 80):
-        yield decode((K8V4, K4V2), arch, capped=True)
-        yield decode((K8V4, K4V2), arch, dim=256, held=False)
-        yield decode((K8V4, K4V2), arch, dim=96)
-        yield decode((K8V4, K4V2), arch, codec="minmax")
-        yield decode((K4V4, (3, 3)), arch, held=False)
-        yield decode(("exact", K4V2), arch)
-        yield decode((K8V4, K4V2), arch, dim=64, tokens=32, dtype="fp32", held=False)
-        yield decode((K8V4, K4V2), arch, warps=4, held=False)
-        yield decode((K8V4, K4V2), arch, warps=1, held=False)
 
 
 # ---- compiling and looking ------------------------------------------------------------------------------------------
@@ -241,9 +52,10 @@ def compiled(build: Build) -> tuple[Code, int]:
         if build.types[name].startswith("*") or name in build.aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=build.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(
-        source, target=GPUTarget("cuda", build.arch, 32), options={"num_warps": build.warps, "maxnreg": build.registers}
-    )
+    options = {"num_warps": build.warps, "maxnreg": build.registers}
+    if build.stages is not None:
+        options["num_stages"] = build.stages
+    made = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=options)
     return disassemble(made.asm["cubin"]), made.metadata.shared
 
 
@@ -259,7 +71,7 @@ def hot_loops(build: Build, code: Code) -> list[Loop]:
 
 def measure_nth(ci: bool, index: int) -> list[dict[str, Any]]:
     """`measure` of one of `builds`, for another process: kernels cannot be sent to it."""
-    return measure(list(builds(ci))[index])
+    return measure(builds(ci)[index])
 
 
 def measure(build: Build) -> list[dict[str, Any]]:
@@ -320,12 +132,17 @@ COLUMNS_SHOWN = ("build", "warps", "sm", "loop", "registers", "spills", "shared"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is passed")
-    parser.add_argument("--ci", action="store_true", help="only the builds that guard the limits")
+    parser.add_argument("--ci", action="store_true", help="only one build or so of every kernel, what the gate needs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="builds at once")
+    parser.add_argument("--only", default="", help="only builds with this in their name")
     arguments = parser.parse_args()
-    todo, wrong, table, begin = list(builds(arguments.ci)), [], [], time.monotonic()
+    every = builds(arguments.ci)
+    chosen = [i for i, build in enumerate(every) if arguments.only in build.name]
+    if not chosen:
+        parser.error(f"no build has {arguments.only!r} in its name")
+    todo, wrong, table, begin = [every[i] for i in chosen], [], [], time.monotonic()
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        done = pool.map(measure_nth, [arguments.ci] * len(todo), range(len(todo)))
+        done = pool.map(measure_nth, [arguments.ci] * len(todo), chosen)
         for build, rows in zip(todo, done, strict=True):
             for row in rows:
                 table.append({column: row.get(column, "") for column in COLUMNS_SHOWN})
@@ -334,6 +151,8 @@ def main() -> int:
                     f"{build.name}, {build.warps} warps, sm_{build.arch} {row['loop']}: {', '.join(shown)}", flush=True
                 )
             wrong += faults(build, rows)
+    if len(todo) == len(builds(False)):  # all anew: nothing that is no longer built stays
+        (RESULTS / "aot.csv").unlink(missing_ok=True)
     merge_csv(RESULTS / "aot.csv", table, by=("build", "warps", "sm", "loop"))
     print(f"{len(todo)} builds in {time.monotonic() - begin:.0f} s; triton {triton.__version__}")
     for text in wrong:
