@@ -383,7 +383,7 @@ def _rotation(dim: int, seed: int) -> tuple[Tensor, str]:
             return (matrix / dim**0.5).float(), f"hadamard {dim}"
     generator = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float(), f"orthogonal {dim} (seed {seed})"
+    return (q * r.diagonal().sign()).float().contiguous(), f"orthogonal {dim} (seed {seed})"
 
 
 def _hadamard_base(order: int) -> Tensor:

@@ -24,6 +24,7 @@ def test_rotation_is_orthogonal_and_named(dim):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim), atol=2e-6, rtol=0)
     assert ("hadamard" in name) == (dim not in (72, 100))
     assert torch.equal(matrix, rotation(dim, seed=0)[0])
+    assert matrix.is_contiguous()  # kernels read it row by row
     if "hadamard" in name:
         torch.testing.assert_close(matrix.abs(), torch.full((dim, dim), dim**-0.5))
 

@@ -83,6 +83,10 @@ CASES = [
     pytest.param([(75, 0)], (EXACT,), 64, 64, 32, "fitted", 1, 2, 1, [40], id="exact"),
     pytest.param([(65, 0)], (K8V4,), 256, 256, 64, "fitted", 1, 1, 1, [1], id="D256-one-tier"),
     pytest.param([(33, 20)], (K8V4, K4V2), 64, 64, 32, "fitted", 1, 48, 1, [7], id="G48"),
+    pytest.param([(33, 20)], (K8V4, K4V2), 64, 64, 32, "fitted", 1, 71, 1, [7], id="G71"),
+    pytest.param([(20, 50)], (K8V4, K4V2), 20, 10, 32, "fitted", 1, 2, 1, [7], id="D20-Dv10"),
+    pytest.param([(20, 50)], (K8V4, K4V2), 72, 100, 32, "fitted", 1, 2, 1, [7], id="D72-Dv100"),
+    pytest.param([(700, 3400), (0, 16)], (K8V4, K4V2), 64, 64, 64, "fitted", 2, 1, 1, [1], id="4100-beside-16"),
 ]
 
 

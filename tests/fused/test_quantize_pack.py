@@ -61,6 +61,7 @@ CASES = [
     ((2, 8), (128, 96), torch.float32, "fitted"),
     ((4, 3), (128, 128), torch.float16, "fitted"),
     ((3, 2), (20, 12), torch.float32, "fitted"),
+    ((8, 4), (72, 100), torch.float16, "fitted"),
     ((8, 4), (96, 80), torch.float32, "minmax"),
     ((4, 2), (64, 128), torch.float16, "minmax"),
     ("exact", (80, 64), torch.float16, "fitted"),
