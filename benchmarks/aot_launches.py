@@ -140,7 +140,7 @@ def flush(
     """Everything a flush launches after observing; `which`: only kernels whose name begins so."""
     both = layouts(dim, tiers, dtype, codec)
     ids, addresses = torch.zeros(ROWS, WIDTH, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    old, new = (quantize_pack.Pages(ids, addresses, layout, i) for i, layout in enumerate(both))
+    old, new = (quantize_pack.TierPages(ids, addresses, layout, i) for i, layout in enumerate(both))
     turn = torch.zeros(dim, dim) if rotated else None
     basis = Basis(turn, turn, torch.zeros(ROWS, dim) if rotated else None)
     x, score, birth = torch.zeros(ROWS, TOKENS, dim, dtype=dtype), torch.zeros(ROWS, TOKENS), _longs(ROWS, TOKENS)

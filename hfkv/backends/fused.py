@@ -11,8 +11,7 @@ from torch import Tensor
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
 from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, observe, prompt_attention
-from hfkv.kernels.triton.quantize_pack import Pages as TierPages
-from hfkv.kernels.triton.quantize_pack import check_flags
+from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
 from hfkv.observe import SCORE_HORIZON, newest_queries

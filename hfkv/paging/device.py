@@ -23,13 +23,13 @@ def entering_slots(plan: Compaction, tier: int) -> Tensor:
 
 def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming) -> Tensor:
     """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored."""
-    from hfkv.kernels.triton.quantize_pack import Pages, pack_rows
+    from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
 
     rows.note_mean(incoming)
     flags = torch.zeros(1, dtype=torch.int32, device=rows.pool.device)
     for tier, chosen in enumerate(entering):
         slots = torch.where(chosen, 0, -1).int()
-        pages = Pages(rows.table.ids, rows.pool.chunk_addresses, rows.layouts[tier], tier)
+        pages = TierPages(rows.table.ids, rows.pool.chunk_addresses, rows.layouts[tier], tier)
         tokens = (incoming.k, incoming.v, incoming.score, incoming.birth)
         pack_rows(pages, rows.basis, *tokens, slots, flags, store=False)
     return flags
@@ -38,14 +38,14 @@ def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming)
 def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> None:
     """Do what was planned; the pool must have room for it, and `check_incoming` must have found nothing."""
     from hfkv.kernels.triton import compaction
-    from hfkv.kernels.triton.quantize_pack import Pages, pack_rows
+    from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
 
     pool, tokens, tiers = rows.pool, rows.layouts[0].tokens, range(rows.tiers)
     counts = [rows.page_counts(tier) for tier in tiers]
     needed = [pages_for(plan.lengths[:, tier], tokens) for tier in tiers]
     kept = [stay.sum(1) for stay in plan.stay]
     table = rows.table.widened(rows.width_for(plan), counts[0])
-    old = [Pages(rows.table.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
+    old = [TierPages(rows.table.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
     new = [pages._replace(ids=table.ids) for pages in old]
     flags = torch.zeros(1, dtype=torch.int32, device=pool.device)
 

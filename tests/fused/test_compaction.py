@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hfkv.kernels.compaction import hole_moves
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.kernels.triton.compaction import hole_sources, read_scores
-from hfkv.kernels.triton.quantize_pack import Pages
+from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
@@ -161,7 +161,7 @@ def test_scores_and_births_are_read_as_they_lie():
     flush(layer, [50, 90], 5, torch.Generator().manual_seed(1), [0.5, 0.5, 0.0], on_device=False)
     for tier, layout in enumerate(layer.layouts):
         filled, parts = layer.slots(tier, ("score", "birth"))
-        pages = Pages(layer.table.ids, layer.pool.chunk_addresses, layout, tier)
+        pages = TierPages(layer.table.ids, layer.pool.chunk_addresses, layout, tier)
         score, birth = read_scores(pages, layer.table.lengths, filled.shape[1])
         assert torch.equal(score, parts["score"].float())
         assert torch.equal(birth, parts["birth"].long())

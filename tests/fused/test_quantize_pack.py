@@ -5,7 +5,7 @@ import torch
 
 from hfkv.kernels import compaction
 from hfkv.kernels.quantize_pack import Basis, pack_tokens
-from hfkv.kernels.triton.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, Pages, check_flags, pack_rows
+from hfkv.kernels.triton.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, TierPages, check_flags, pack_rows
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import Codec, PageLayout, rotation
@@ -41,7 +41,7 @@ def make(tier, dims, dtype, scheme="fitted", tokens=32, rows=3, n=41, rotate=Tru
 def both(pool, layout, cls, tier, table, basis, k, v, score, birth, slots):
     """Pages [rows * pages, page_bytes] as the kernel and as the twin write them."""
     flags = torch.zeros(1, dtype=torch.int32)
-    pack_rows(Pages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags)
+    pack_rows(TierPages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags)
     assert int(flags) == 0
     rows, pages = slots.shape[0], table.ids.shape[1] - 1
     ids = table.pages(tier, torch.full((rows,), pages))[0]
@@ -113,7 +113,7 @@ def test_what_cannot_be_coded_is_flagged(scheme, value, bit, store):
     (k, v)[column % 2][row, column, 7] = value
     flags = torch.zeros(1, dtype=torch.int32)
     pack_rows(
-        Pages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags, store=store
+        TierPages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags, store=store
     )
     assert int(flags) & bit
     with pytest.raises(ValueError):
@@ -126,5 +126,5 @@ def test_tokens_that_do_not_enter_are_not_looked_at():
     pool, layout, _, tier, table, basis, k, v, score, birth, slots = make((8, 4), (64, 64), torch.float32)
     k[slots < 0] = float("nan")
     flags = torch.zeros(1, dtype=torch.int32)
-    pack_rows(Pages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags)
+    pack_rows(TierPages(table.ids, pool.chunk_addresses, layout, tier), basis, k, v, score, birth, slots, flags)
     assert int(flags) == 0

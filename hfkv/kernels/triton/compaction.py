@@ -25,7 +25,7 @@ from hfkv.kernels.triton.quantize_pack import (
     EXACT,
     LARGEST_HALF,
     MINMAX,
-    Pages,
+    TierPages,
     byte_offset,
     features_of,
     page_address,
@@ -339,7 +339,7 @@ def recode_kernel(
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
-def write_scores(pages: Pages, lengths: Tensor, scores: Tensor) -> None:
+def write_scores(pages: TierPages, lengths: Tensor, scores: Tensor) -> None:
     """New scores float32 [rows, slots] into the filled slots; lengths int32 [rows, 2]."""
     rows, slots = scores.shape
     if slots and pages.layout.scored:
@@ -349,7 +349,7 @@ def write_scores(pages: Pages, lengths: Tensor, scores: Tensor) -> None:
         )  # fmt: skip
 
 
-def read_scores(pages: Pages, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def read_scores(pages: TierPages, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Scores float32 and births int64 [rows, slots], 0 in free slots; `slots` is a multiple of the page's tokens."""
     rows = lengths.shape[0]
     scores = torch.empty(rows, slots, device=lengths.device)
@@ -362,7 +362,7 @@ def read_scores(pages: Pages, lengths: Tensor, slots: int) -> tuple[Tensor, Tens
     return scores, births
 
 
-def move_tokens(pages: Pages, sources: Tensor) -> None:
+def move_tokens(pages: TierPages, sources: Tensor) -> None:
     """Copy tokens inside their rows: sources int32 [rows, slots], from `hole_sources`."""
     layout, (rows, slots) = pages.layout, sources.shape
     if not slots:
@@ -378,7 +378,7 @@ def move_tokens(pages: Pages, sources: Tensor) -> None:
     )  # fmt: skip
 
 
-def clear_slots(pages: Pages, kept: Tensor, counts: Tensor, needed: Tensor, most: int) -> None:
+def clear_slots(pages: TierPages, kept: Tensor, counts: Tensor, needed: Tensor, most: int) -> None:
     """Zero what free slots must not hold: behind `kept` in pages that stay, everything in pages that go.
 
     Args:
@@ -422,7 +422,7 @@ def exchange_pages(
         pointers[end] += total[-1]
 
 
-def recode_tokens(old: Pages, new: Pages, slots_of: Tensor, flags: Tensor) -> None:
+def recode_tokens(old: TierPages, new: TierPages, slots_of: Tensor, flags: Tensor) -> None:
     """Take tokens of tier 0 over into tier 1: unpack, quantise, pack.
 
     Args:

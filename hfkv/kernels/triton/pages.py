@@ -63,7 +63,7 @@ class Side(NamedTuple):
     zero: int
 
 
-class Pages(NamedTuple):
+class PageShape(NamedTuple):
     """A page layout.
 
     Attributes:
@@ -78,7 +78,7 @@ class Pages(NamedTuple):
     values: Side
 
 
-def pages_of(layout: PageLayout) -> Pages:
+def pages_of(layout: PageLayout) -> PageShape:
     """A layout's constants.
 
     Raises:
@@ -89,7 +89,7 @@ def pages_of(layout: PageLayout) -> Pages:
         raise ValueError(f"pages of {tokens} tokens: the kernels need a power of two of at least 16, such as 32 or 64")
     sides = (layout.key, layout.value)
     fields = sum(side.scale_bytes + side.zero_bytes for side in sides) if layout.byte_metadata else 0
-    return Pages(tokens, layout.page_bytes, fields, _side(layout, "key"), _side(layout, "value"))
+    return PageShape(tokens, layout.page_bytes, fields, _side(layout, "key"), _side(layout, "value"))
 
 
 def _side(layout: PageLayout, name: str) -> Side:

@@ -30,7 +30,7 @@ LARGEST_HALF = tl.constexpr(65504.0)
 HALF_LIMIT = tl.constexpr(65520.0)  # the least number that rounds to infinity in fp16
 
 
-class Pages(NamedTuple):
+class TierPages(NamedTuple):
     """Where a tier's pages lie.
 
     Attributes:
@@ -272,7 +272,7 @@ def pack_kernel(
 
 
 def pack_rows(
-    pages: Pages,
+    pages: TierPages,
     basis: Basis,
     k: Tensor,
     v: Tensor,
