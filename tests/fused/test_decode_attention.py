@@ -7,8 +7,6 @@ import pytest
 import torch
 from oracle import dequantised, make_layer, poison, relative_rms
 
-pytest.importorskip("triton")
-
 from hfkv import attend
 from hfkv.attend import Call, Past
 from hfkv.fill import Fill
