@@ -1,7 +1,7 @@
 """Triton's kernels in its interpreter; nothing to test where Triton does not exist.
 
-Where there is a GPU kernels are compiled for it, and `tests/gpu` holds them to their twins: the interpreter's tests then
-need `CUDA_VISIBLE_DEVICES=`.
+Where there is a GPU kernels are compiled for it, and `tests/gpu` holds them to their twins: the interpreter's tests
+then need `CUDA_VISIBLE_DEVICES=`.
 """
 
 import importlib.util
