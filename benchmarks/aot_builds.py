@@ -15,7 +15,7 @@ from hfkv.config import Tier
 from hfkv.kernels.triton import decode_kernels
 from hfkv.kernels.triton.decode_attention import MERGED, ROTATED
 from hfkv.kernels.triton.pages import pages_of
-from hfkv.kernels.triton.work import COLUMNS, WARPS, power_of_two, registers_of, stages_of
+from hfkv.kernels.triton.work import COLUMNS, WARPS, registers_of, row_entries, stages_of
 from hfkv.quant import Codec, PageLayout
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,7 +38,7 @@ def decode(
         PageLayout(*(Codec.of(t, side, dim, TORCH[dtype], codec) for side in ("key", "value")), tokens, True)
         for t in tiers
     ]
-    full, wide = dtype == "fp32", power_of_two(dim)
+    full, wide = dtype == "fp32", row_entries(dim)
     stages = stages_of(full)
     names = ["exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers]
     extras = [codec] * (codec != "fitted") + [dtype] * (dtype != "bf16") + ["softcap"] * capped
@@ -114,7 +114,7 @@ def prepare(
         types={name: f"*{kind}" for name, kind in pointers.items() if name not in absent}
         | {"scale": "fp32"}
         | dict.fromkeys(("heads", "queries", "columns", "tiles", *strides), "i32"),
-        constants=dict(NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=power_of_two(dim), CODED=coded, SPLIT=split)
+        constants=dict(NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=row_entries(dim), CODED=coded, SPLIT=split)
         | {"FULL": dtype == "fp32", **dict.fromkeys(absent)},
         warps=4,
         aligned=strides,
@@ -132,8 +132,7 @@ def combine(arch: int, dim: int = 128, dtype: str = "bf16", plain: bool = False)
         arch=arch,
         types={name: f"*{kind}" for name, kind in pointers.items() if name not in absent}
         | dict.fromkeys(("window", "heads", "queries", "columns", "tiles"), "i32"),
-        constants=dict(NH=COLUMNS, DV=dim, WIDE_V=power_of_two(dim), BLOCK=ROTATED, STEP=MERGED)
-        | dict.fromkeys(absent),
+        constants=dict(NH=COLUMNS, DV=dim, WIDE_V=row_entries(dim), BLOCK=ROTATED, STEP=MERGED) | dict.fromkeys(absent),
         warps=4,
     )
 

@@ -10,8 +10,6 @@ under "sdpa". The peak memory of the prompt (resident bytes above the loaded mod
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import importlib.util
 import json
 import os
@@ -21,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from rows import RESULTS, merge_csv
@@ -29,6 +26,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
 
 from hfkv import LeanKVCache, LeanKVConfig
+from hfkv.bench.timing import peak_above
 from hfkv.demo import smollm2
 from hfkv.demo.measures import fill
 from hfkv.demo.texts import continuations
@@ -109,23 +107,16 @@ def prompt_peak(name: str, tokens: int, threads: int) -> int:
 
 
 def measure_peak(name: str, tokens: int) -> int:
-    """What the fresh process does: reset the kernel's high-water mark, run the prompt, read the mark."""
+    """What the fresh process does."""
     kind = KINDS[name]
     model, tokenizer = smollm2.load(dtype=torch.float32, attn_implementation=kind.attention)
     ids = next(continuations(tokenizer, tokens, 1, seed=0)).context
     fill(model, ids[:64], DynamicCache())  # what any first forward allocates for good
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else what loading freed hides what the prompt takes
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _high_water()
-    cache = fill(model, ids, kind.new_cache(model.config))
-    assert cache is not None  # alive until the mark is read
-    return _high_water() - before
-
-
-def _high_water() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    held: list[Cache] = []  # alive until the mark is read
+    peak = peak_above(torch.device("cpu"), lambda: held.append(fill(model, ids, kind.new_cache(model.config))))
+    if peak is None:
+        raise OSError("the peak of resident memory can only be read on Linux with glibc")
+    return peak
 
 
 def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, int]) -> list[dict[str, object]]:

@@ -25,9 +25,6 @@ from hfkv.window import Sequences
 if TYPE_CHECKING:
     from hfkv.tokens import LayerTokens
 
-if TYPE_CHECKING:
-    pass
-
 
 class FusedKernels:
     """`Kernels` by Triton.

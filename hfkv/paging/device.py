@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.compaction import pages_for
+from hfkv.kernels.triton import compaction
+from hfkv.kernels.triton.compaction import ranked
+from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.table import PageTable
@@ -13,8 +16,6 @@ from hfkv.paging.table import PageTable
 
 def entering_slots(plan: Compaction, tier: int) -> Tensor:
     """Slots int32 [rows, n] of a tier's incoming tokens, behind what stays and what is demoted; -1: none."""
-    from hfkv.kernels.triton.compaction import ranked
-
     first = plan.stay[tier].sum(1)
     if tier == 1 and plan.demoted is not None:
         first = first + plan.demoted.sum(1)
@@ -23,8 +24,6 @@ def entering_slots(plan: Compaction, tier: int) -> Tensor:
 
 def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming) -> Tensor:
     """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored."""
-    from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
-
     rows.note_mean(incoming)
     flags = torch.zeros(1, dtype=torch.int32, device=rows.pool.device)
     for tier, chosen in enumerate(entering):
@@ -37,9 +36,6 @@ def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming)
 
 def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> None:
     """Do what was planned; the pool must have room for it, and `check_incoming` must have found nothing."""
-    from hfkv.kernels.triton import compaction
-    from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
-
     pool, tokens, tiers = rows.pool, rows.layouts[0].tokens, range(rows.tiers)
     counts = [rows.page_counts(tier) for tier in tiers]
     needed = [pages_for(plan.lengths[:, tier], tokens) for tier in tiers]
@@ -64,7 +60,7 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
         compaction.exchange_pages(tier, rows.table.ids, table.ids, counts[tier], needed[tier], *free_list)
         pool.note_exchange(rows.classes[tier], plan.growth[tier][1], plan.growth[tier][0])
     if plan.demoted is not None:
-        compaction.recode_tokens(old[0], new[1], compaction.ranked(plan.demoted, kept[1]), flags)
+        compaction.recode_tokens(old[0], new[1], ranked(plan.demoted, kept[1]), flags)
     settle(0)
     for tier in tiers:
         arriving = (incoming.k, incoming.v, incoming.score, incoming.birth)

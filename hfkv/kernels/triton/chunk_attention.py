@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton import tiles
+from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.prompt_attention import prompt_attention
-from hfkv.kernels.triton.tiles import LOG2E, PROGRAMS, Pages, power_of_two, section
+from hfkv.kernels.triton.tiles import LOG2E, PROGRAMS, Pages, section
 
 if TYPE_CHECKING:
     from hfkv.kernels.quantize_pack import Basis

@@ -20,11 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfkv.kernels.triton.constants import AFFINE, DTYPES, EXACT, LARGEST_HALF, MINMAX, SLOT_BITS
 from hfkv.kernels.triton.quantize_pack import (
-    AFFINE,
-    EXACT,
-    LARGEST_HALF,
-    MINMAX,
     TierPages,
     byte_offset,
     features_of,
@@ -38,7 +35,6 @@ from hfkv.kernels.triton.quantize_pack import (
 
 BYTES = tl.constexpr(64)  # bytes of a token that a program moves at once
 RECODED = 16
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 # ---- where tokens go: prefix sums, no synchronisation ------------------------------------------------------------
@@ -114,6 +110,17 @@ def copy_words(source, target, ok, BYTES_EACH: tl.constexpr):
 
 
 @triton.jit
+def copy_vectors(source, target, ok, PIECES: tl.constexpr, PIECE: tl.constexpr, STRIDE: tl.constexpr):
+    """The vector of every token: PIECES runs of PIECE bytes, STRIDE bytes apart."""
+    for first in range(0, PIECES * PIECE, BYTES):
+        byte = first + tl.arange(0, BYTES)
+        mask = ok[:, None] & (byte < PIECES * PIECE)[None, :]
+        offset = (byte // PIECE * STRIDE + byte % PIECE)[None, :]
+        data = tl.load((source[:, None] + offset).to(tl.pointer_type(tl.uint8)), mask=mask, other=0)
+        tl.store((target[:, None] + offset).to(tl.pointer_type(tl.uint8)), data, mask=mask)
+
+
+@triton.jit
 def clear_words(at, free, BYTES_EACH: tl.constexpr):
     """The same numbers to 0."""
     if BYTES_EACH == 1:
@@ -142,21 +149,11 @@ def move_kernel(
         target_base = page_address(table, width, addresses, row, page + inside * 0, ok, TIER, PAGE_BYTES)
         source_base = page_address(table, width, addresses, row, source // TOKENS, ok, TIER, PAGE_BYTES)
         from_slot = source % TOKENS
-        for first in range(0, KEY_ROW, BYTES):
-            byte = first + tl.arange(0, BYTES)
-            mask = ok[:, None] & (byte < KEY_ROW)[None, :]
-            at = (source_base + from_slot * KEY_ROW)[:, None] + byte[None, :]
-            data = tl.load(at.to(tl.pointer_type(tl.uint8)), mask=mask, other=0)
-            at = (target_base + inside * KEY_ROW)[:, None] + byte[None, :]
-            tl.store(at.to(tl.pointer_type(tl.uint8)), data, mask=mask)
-        for first in range(0, VALUE_ROWS * VALUE_ELEMENT, BYTES):
-            byte = first + tl.arange(0, BYTES)
-            mask = ok[:, None] & (byte < VALUE_ROWS * VALUE_ELEMENT)[None, :]
-            offset = (byte // VALUE_ELEMENT * (TOKENS * VALUE_ELEMENT) + byte % VALUE_ELEMENT)[None, :]
-            at = (source_base + VALUE + from_slot * VALUE_ELEMENT)[:, None] + offset
-            data = tl.load(at.to(tl.pointer_type(tl.uint8)), mask=mask, other=0)
-            at = (target_base + VALUE + inside * VALUE_ELEMENT)[:, None] + offset
-            tl.store(at.to(tl.pointer_type(tl.uint8)), data, mask=mask)
+        copy_vectors(source_base + from_slot * KEY_ROW, target_base + inside * KEY_ROW, ok, 1, KEY_ROW, KEY_ROW)
+        copy_vectors(
+            source_base + VALUE + from_slot * VALUE_ELEMENT, target_base + VALUE + inside * VALUE_ELEMENT, ok,
+            VALUE_ROWS, VALUE_ELEMENT, TOKENS * VALUE_ELEMENT,
+        )  # fmt: skip
         copy_words(
             source_base + KEY_SCALE + from_slot * KEY_SCALE_BYTES,
             target_base + KEY_SCALE + inside * KEY_SCALE_BYTES, ok, KEY_SCALE_BYTES,
@@ -225,7 +222,7 @@ def release_kernel(
         column = need + i if TIER == 0 else width - 1 - need - i
         number = tl.load(table + row.to(tl.int64) * width + column, mask=ok, other=0)
         tl.store(ring + (tail + i) % size, number, mask=ok)
-        tl.atomic_add(used + (number >> 10), -1, mask=ok)
+        tl.atomic_add(used + (number >> SLOT_BITS), -1, mask=ok)
 
 
 @triton.jit
@@ -244,7 +241,7 @@ def allocate_kernel(
         column = have + i if TIER == 0 else width - 1 - have - i
         number = tl.load(ring + (head + i) % size, mask=ok, other=0)
         tl.store(table + row.to(tl.int64) * width + column, number, mask=ok)
-        tl.atomic_add(used + (number >> 10), 1, mask=ok)
+        tl.atomic_add(used + (number >> SLOT_BITS), 1, mask=ok)
 
 
 @triton.jit
@@ -441,6 +438,6 @@ def recode_tokens(old: TierPages, new: TierPages, slots_of: Tensor, flags: Tenso
         given = {f"F_{name}": given[name] for name in (*page_constants(old.layout), *names)}
         recode_kernel[(rows, slots // RECODED)](
             slots_of, old.ids, new.ids, old.ids.shape[1], new.ids.shape[1], old.addresses, slots, flags,
-            element=ELEMENTS[dtype], SCORED=new.layout.scored and side == "key", BLOCK=RECODED, VALUE=side == "value",
+            element=DTYPES[dtype], SCORED=new.layout.scored and side == "key", BLOCK=RECODED, VALUE=side == "value",
             DIM=source.dim, **given, **page_constants(new.layout), **side_constants(new.layout, side), num_warps=4,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from hfkv.attend import Call, Past
 from hfkv.kernels.triton import decode_kernels as kernels
 from hfkv.kernels.triton.pages import pages_of
-from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, power_of_two, programs_on, stages_of
+from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, programs_on, row_entries, stages_of
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
 
@@ -69,7 +69,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
     key, value, mean = past.basis.key, past.basis.value, past.basis.mean
     coded = any(layout.key.bits for layout in plan.layouts)
     full = plan.dtype == torch.float32
-    wide, wide_v = power_of_two(dim), power_of_two(value_dim)
+    wide, wide_v = row_entries(dim), row_entries(value_dim)
     split = space.split.view(plan.dtype)
     tiers = [pages_of(layout) for layout in plan.layouts]
     where = (*q.stride()[:3],)

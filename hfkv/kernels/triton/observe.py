@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton import tiles
-from hfkv.kernels.triton.tiles import LOG2E, Pages, power_of_two, section
+from hfkv.kernels.triton.constants import LARGEST_HALF, power_of_two
+from hfkv.kernels.triton.tiles import LOG2E, Pages, section
 
 TILE_ROWS = 64
 """Queries of one product, at most."""
@@ -67,6 +68,19 @@ def _packed_products(
 
 
 @triton.jit
+def _packed_tiles(lengths, row, TIERS: tl.constexpr, BN: tl.constexpr):
+    """Tokens of a row and tiles that they fill, of tier 0 and of tier 1."""
+    length0, count0, length1, count1 = 0, 0, 0, 0
+    if TIERS > 0:
+        length0 = tl.load(lengths + row * 2)
+        count0 = tl.cdiv(length0, BN)
+    if TIERS > 1:
+        length1 = tl.load(lengths + row * 2 + 1)
+        count1 = tl.cdiv(length1, BN)
+    return length0, count0, length1, count1
+
+
+@triton.jit
 def _exact_keys(k, tile, limit, stride, feature, D: tl.constexpr, BN: tl.constexpr):
     """Exact keys [features, BN] of one tile of a row, whose first key is at `k`."""
     slot = tl.arange(0, BN)
@@ -106,14 +120,7 @@ def observe_lse(
     batch, head = row // heads, row % heads
     row64 = row.to(tl.int64)
     first_query = row64 * (GROUPS * QUERIES)
-    count0, count1 = 0, 0
-    length0, length1 = 0, 0
-    if TIERS > 0:
-        length0 = tl.load(lengths + row64 * 2)
-        count0 = tl.cdiv(length0, BN)
-    if TIERS > 1:
-        length1 = tl.load(lengths + row64 * 2 + 1)
-        count1 = tl.cdiv(length1, BN)
+    length0, count0, length1, count1 = _packed_tiles(lengths, row64, TIERS, BN)
     limit, begin, count = 0, 0, 0
     if EXACT:
         if START:
@@ -214,7 +221,7 @@ def _packed_scores(
     birth = tl.load((page + TIER[4]).to(tl.pointer_type(tl.int32), bitcast=True) + slot, mask=full, other=0)
     age = tl.minimum(tl.maximum(seen - birth, stands_for), horizon).to(tl.float32)
     new = old + (observed - old) * (stands_for.to(tl.float32) / age)
-    tl.store(old_at, tl.minimum(new, 65504.0).to(tl.float16), mask=full)
+    tl.store(old_at, tl.minimum(new, LARGEST_HALF).to(tl.float16), mask=full)
 
 
 @triton.jit(do_not_specialize=["width", "heads", "exact", "seen", "stands_for", "horizon"])
@@ -237,14 +244,7 @@ def observe_scores(
     row64 = row.to(tl.int64)
     first_query = row64 * (GROUPS * QUERIES)
     tokens_seen = tl.load(token_counts + batch)
-    count0, count1 = 0, 0
-    length0, length1 = 0, 0
-    if TIERS > 0:
-        length0 = tl.load(lengths + row64 * 2)
-        count0 = tl.cdiv(length0, BN)
-    if TIERS > 1:
-        length1 = tl.load(lengths + row64 * 2 + 1)
-        count1 = tl.cdiv(length1, BN)
+    length0, count0, length1, count1 = _packed_tiles(lengths, row64, TIERS, BN)
     count = 0
     if EXACT:
         count = tl.cdiv(exact, BN)

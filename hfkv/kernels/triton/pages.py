@@ -14,18 +14,13 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from hfkv.paging.pool import SLOT_BITS as POOL_SLOT_BITS
+from hfkv.kernels.triton.constants import KINDS, SLOT_BITS, SLOT_MASK, power_of_two
+from hfkv.kernels.triton.constants import SCALE_STEP as STEP
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
-SLOT_BITS = tl.constexpr(POOL_SLOT_BITS)
-SLOT_MASK = tl.constexpr((1 << POOL_SLOT_BITS) - 1)
 PLAIN = tl.constexpr(bool(knobs.runtime.interpret) or torch.version.hip is not None)
 """No inline assembly."""
 
-EXACT, AFFINE, FITTED, MINMAX = 0, 1, 2, 3
-KINDS = {"exact": EXACT, "affine": AFFINE, "fitted": FITTED, "minmax": MINMAX}
-
-STEP = tl.constexpr(1 / SCALE_STEPS)
 SCALE_UNIT = tl.constexpr(2.0 ** -(SCALE_BIAS // SCALE_STEPS))
 """A scale byte c is 2^(c STEP) SCALE_UNIT; the unit is left to whoever multiplies next."""
 
@@ -38,7 +33,7 @@ class Side(NamedTuple):
     """The keys or the values of a page, all of it known when a kernel is compiled.
 
     Attributes:
-        kind: EXACT, AFFINE, FITTED or MINMAX.
+        kind: a value of KINDS.
         bits, dim: of the codec; 0 bits for the model's dtype.
         rows: elements per token.
         slices: features that lie in one byte; slice i holds the features [i * width, (i + 1) * width).
@@ -105,7 +100,7 @@ def _side(layout: PageLayout, name: str) -> Side:
         rows=codec.rows,
         slices=slices,
         width=width,
-        block=max(least, triton.next_power_of_2(width)),
+        block=power_of_two(width, least),
         signed=codec.signed,
         center=codec.center,
         start=fields[name][0],

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton import tiles
-from hfkv.kernels.triton.tiles import LOG2E, power_of_two
+from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.tiles import LOG2E
 
 
 @triton.jit

@@ -15,18 +15,29 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.quantize_pack import Basis
+from hfkv.kernels.triton.constants import (
+    AFFINE,
+    EXACT,
+    FITTED,
+    KINDS,
+    LARGEST_HALF,
+    MINMAX,
+    SCALE_BIAS,
+    SCALE_STEP,
+    SCALE_STEPS,
+    SLOT_BITS,
+    SLOT_MASK,
+    power_of_two,
+)
 from hfkv.quant import GAUSS_STEP, Codec, PageLayout
 
 BLOCK = 32
 NOT_FINITE, BEYOND_BYTE, BEYOND_HALF = 1, 2, 4
 """Bits of the flag: NaN or infinity, a scale that no byte holds, fp16 metadata out of range."""
 
-EXACT, AFFINE, FITTED, MINMAX = (tl.constexpr(i) for i in range(4))
-KINDS = {"exact": 0, "affine": 1, "fitted": 2, "minmax": 3}
 SLICES = {0: 1, 8: 1, 4: 2, 3: 8, 2: 4}
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
 LARGEST = tl.constexpr(3.4028234663852886e38)
-LARGEST_HALF = tl.constexpr(65504.0)
 HALF_LIMIT = tl.constexpr(65520.0)  # the least number that rounds to infinity in fp16
 
 
@@ -60,7 +71,7 @@ def side_constants(layout: PageLayout, side: str) -> dict[str, Any]:
         "PADDED": codec.padded,
         "SLICES": slices,
         "W": width,
-        "WP": max(triton.next_power_of_2(width), 16 // slices),
+        "WP": power_of_two(width, 16 // slices),
         "ROWS": codec.rows,
         "ELEMENT": codec.element,
         "START": layout.fields[side][0],
@@ -87,8 +98,8 @@ def page_address(table, width, addresses, row, page, mask, TIER: tl.constexpr, P
     """Addresses int64 of pages of a row; a tier's pages count from its end of the table."""
     column = page if TIER == 0 else width - 1 - page
     number = tl.load(table + row.to(tl.int64) * width + column, mask=mask, other=0)
-    chunk = tl.load(addresses + (number >> 10), mask=mask, other=0)
-    return chunk + (number & 1023).to(tl.int64) * PAGE_BYTES
+    chunk = tl.load(addresses + (number >> SLOT_BITS), mask=mask, other=0)
+    return chunk + (number & SLOT_MASK).to(tl.int64) * PAGE_BYTES
 
 
 @triton.jit
@@ -123,14 +134,14 @@ def clamp(x, low, high):
 
 @triton.jit
 def scale_of(code):
-    return tl.exp2((code - 180.0) * (1 / 12))
+    return tl.exp2((code - SCALE_BIAS) * SCALE_STEP)
 
 
 @triton.jit
 def scale_code(scale, ROUND_UP: tl.constexpr):
     """Scales -> (scale byte as float, whether no byte holds it)."""
-    code = tl.log2(tl.maximum(scale, 2.0**-30)) * 12
-    code = (tl.ceil(code) if ROUND_UP else round_even(code)) + 180
+    code = tl.log2(tl.maximum(scale, 2.0**-30)) * SCALE_STEPS
+    code = (tl.ceil(code) if ROUND_UP else round_even(code)) + SCALE_BIAS
     return clamp(code, 1.0, 255.0), code > 255
 
 
@@ -302,7 +313,7 @@ def pack_rows(
         mean = None if value else basis.mean
         pack_kernel[(rows, triton.cdiv(n, BLOCK))](
             x, x.stride(0), x.stride(1), turn, mean, slots, score, birth, pages.ids, pages.ids.shape[1],
-            pages.addresses, flags, n, TIER=pages.tier, VALUE=value, DIM=dim, DIMP=max(triton.next_power_of_2(dim), 16),
+            pages.addresses, flags, n, TIER=pages.tier, VALUE=value, DIM=dim, DIMP=power_of_two(dim),
             ROTATE=turn is not None, SHIFT=mean is not None, SCORED=pages.layout.scored and not value, STORE=store,
             BLOCK=BLOCK, STEP=16, **page_constants(pages.layout), **side_constants(pages.layout, side), num_warps=4,
         )  # fmt: skip

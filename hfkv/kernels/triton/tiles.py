@@ -16,20 +16,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
+from hfkv.kernels.triton.constants import (
+    DTYPES,
+    EXACT,
+    FITTED,
+    KINDS,
+    MINMAX,
+    SCALE_BIAS,
+    SCALE_STEP,
+    SLOT_BITS,
+    SLOT_MASK,
+)
+from hfkv.quant import Codec, PageLayout
 
 if TYPE_CHECKING:
     from hfkv.paging.packed import PackedLayer
 
-DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 LOG2E = tl.constexpr(1.4426950408889634)
-
-KINDS = {"exact": 0, "affine": 1, "fitted": 2, "minmax": 3}
-_EXACT = tl.constexpr(KINDS["exact"])
-_FITTED = tl.constexpr(KINDS["fitted"])
-_MINMAX = tl.constexpr(KINDS["minmax"])
-_BIAS = tl.constexpr(float(SCALE_BIAS))
-_STEPS = tl.constexpr(1.0 / SCALE_STEPS)
 
 # A tier is a tuple of numbers, so that one kernel argument carries it: these are its positions.
 PAGE_BYTES = tl.constexpr(0)
@@ -77,10 +80,10 @@ class Pages:
 
     @classmethod
     def of(cls, packed: PackedLayer) -> Pages:
-        """The pages of a layer as they are now; no synchronisation."""
+        """The pages of a layer as they are now: a compaction makes another table. No synchronisation, no allocation."""
         table, pool = packed.table, packed.pool
         align = math.gcd(16, pool.chunk_bytes, *(layout.page_bytes for layout in packed.layouts))
-        return cls(table.ids, table.lengths.clone(), pool.chunk_addresses, tuple(packed.layouts), align)
+        return cls(table.ids, table.lengths, pool.chunk_addresses, tuple(packed.layouts), align)
 
     @property
     def rows(self) -> int:
@@ -131,11 +134,6 @@ def major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
-def power_of_two(n: int, least: int = 16) -> int:
-    """The next power of two, as tiles need it."""
-    return max(least, 1 << (max(n, 1) - 1).bit_length())
-
-
 @triton.jit
 def page_address(ids, width, addresses, token, length, INDEX: tl.constexpr, TIER: tl.constexpr):
     """Address [n] of the page of each token int32 [n] of a row with `length` >= 1 tokens, its page table at `ids`.
@@ -147,7 +145,7 @@ def page_address(ids, width, addresses, token, length, INDEX: tl.constexpr, TIER
     if INDEX == 1:
         page = width - 1 - page
     page_id = tl.load(ids + page)
-    address = tl.load(addresses + (page_id >> 10)) + (page_id & 1023).to(tl.int64) * TIER[PAGE_BYTES]
+    address = tl.load(addresses + (page_id >> SLOT_BITS)) + (page_id & SLOT_MASK).to(tl.int64) * TIER[PAGE_BYTES]
     align: tl.constexpr = TIER[ALIGN]
     run: tl.constexpr = min(TIER[PAGE_TOKENS], token.shape[0])
     return tl.max_constancy(tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), align), run)
@@ -170,16 +168,16 @@ def load_values(page, slot, feature, SIDE: tl.constexpr, OUT: tl.constexpr):
 @triton.jit
 def _terms(page, slot, SIDE: tl.constexpr):
     """(s, o) float32 [tokens] with x = s * code + o."""
-    if SIDE[KIND] == _EXACT:
+    if SIDE[KIND] == EXACT:
         s = tl.full(slot.shape, 1.0, tl.float32)
         o = tl.zeros(slot.shape, tl.float32)
-    elif SIDE[KIND] == _MINMAX:
+    elif SIDE[KIND] == MINMAX:
         s = tl.load((page + SIDE[SCALE]).to(tl.pointer_type(tl.float16), bitcast=True) + slot).to(tl.float32)
         s = tl.where(s > 0, s, 1.0)
         o = tl.load((page + SIDE[ZERO]).to(tl.pointer_type(tl.float16), bitcast=True) + slot).to(tl.float32)
     else:
-        s = tl.exp2((tl.load(page + SIDE[SCALE] + slot).to(tl.float32) - _BIAS) * _STEPS)
-        if SIDE[KIND] == _FITTED:
+        s = tl.exp2((tl.load(page + SIDE[SCALE] + slot).to(tl.float32) - SCALE_BIAS) * SCALE_STEP)
+        if SIDE[KIND] == FITTED:
             o = s * (-0.5 * ((1 << SIDE[BITS]) - 1))
         else:
             o = -s * tl.load(page + SIDE[ZERO] + slot).to(tl.float32)

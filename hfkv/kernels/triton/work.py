@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfkv.kernels.triton.constants import power_of_two
 from hfkv.quant import PageLayout
 
 WINDOW_STEP = 16
@@ -100,7 +101,7 @@ class StepPlan:
         empty = functools.partial(torch.empty, dtype=torch.int32, device=self.device)
         self.items, self.offsets = empty(self.count, 4), empty(self.rows + 1)
         units, tiles = self.count * self.tiles, self.rows * self.tiles
-        entries = tiles * 2 * COLUMNS * power_of_two(key_dim)
+        entries = tiles * 2 * COLUMNS * row_entries(key_dim)
         self.space.reserve(
             acc=units * COLUMNS * value_dim,
             stats=units * COLUMNS * 2,
@@ -214,6 +215,6 @@ def capability_of(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def power_of_two(n: int) -> int:
-    """The next power of two, at least 32: entries of a query row as the kernels hold it."""
-    return max(32, 1 << (n - 1).bit_length())
+def row_entries(dim: int) -> int:
+    """Entries of a query's row as the kernels hold it."""
+    return power_of_two(dim, 32)
