@@ -24,7 +24,7 @@ from hfkv.natives import check_native
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import PackedRows
-from hfkv.report import Report, make_report
+from hfkv.report import Report, TokenMap, make_report, token_map
 from hfkv.tiering import apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
 
@@ -251,6 +251,10 @@ class LeanKVCache(LazyLinearLayers):
     def report(self) -> Report:
         """Physical bytes, ratio, tiers and bytes per layer and head; printed, it is a table."""
         return make_report(self)
+
+    def token_map(self, layer_idx: int) -> TokenMap:
+        """Tier and significance of every token that a layer has seen, by position; see `hfkv.report.TokenMap`."""
+        return token_map(self, layer_idx)
 
     # ---- transformers' calls ---------------------------------------------------------------------------------------
 

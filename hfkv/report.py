@@ -130,15 +130,31 @@ def make_report(cache: LeanKVCache) -> Report:
     return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend)
 
 
-def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
-    """Where every token of a layer is, by logical position: uint8 [batch, kv_heads, tokens].
+@dataclass(frozen=True)
+class TokenMap:
+    """Every token that one layer has seen, by logical position.
 
-    The entries are PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED. Without tiers packed tokens
-    have no birth: all before the window is HIGH.
+    For every KV head a token is in exactly one place: a tier, the window, or no longer stored.
+
+    Attributes:
+        tier: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED.
+            Without tiers all before the window is HIGH.
+        score: float32 of that shape: the significance stored with the token, N times the mean attention probability
+            (1 = uniform); NaN where none is stored: pruned, in the window, or a config that does not select.
+    """
+
+    tier: Tensor
+    score: Tensor
+
+
+def token_map(cache: LeanKVCache, layer_idx: int) -> TokenMap:
+    """Where every token of a layer is, and the significance it has there; reads the cache only, tensors on the CPU.
 
     Raises:
-        ValueError: the layer is not compressed.
+        ValueError: the layer is not compressed, or there is no such layer.
     """
+    if not 0 <= layer_idx < len(cache.layers):
+        raise ValueError(f"layer {layer_idx} is not there: this cache has {len(cache.layers)} layers, from 0")
     layer = cache.layers[layer_idx]
     held: LayerTokens | None = getattr(layer, "tokens", None)
     if held is None:
@@ -147,17 +163,24 @@ def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
     packed, fill = held.packed, held.fill
     batch, heads = fill.batch, held.window.heads
     tiers = torch.zeros(batch * heads, layer.seen + 1, dtype=torch.uint8)  # the last column takes what is no token
+    scores = torch.full(tiers.shape, float("nan"))
     if held.config.selects:
         for tier in range(packed.tiers):
-            filled, parts = packed.slots(tier, ("birth",))
+            filled, parts = packed.slots(tier, ("score", "birth"))
             column = torch.where(filled, parts["birth"].long(), layer.seen).cpu()
             tiers.scatter_(1, column, (HIGH, LOW)[tier])
+            scores.scatter_(1, column, parts["score"].float().cpu())
     else:
         first = fill.lengths - fill.counts + (0 if fill.pads is None else fill.pads)
         tiers[:] = (torch.arange(layer.seen + 1) < first.cpu()[:, None]).repeat_interleave(heads, 0) * HIGH
     position = torch.where(fill.valid, fill.token_positions, layer.seen).repeat_interleave(heads, 0).cpu()
     tiers.scatter_(1, position, WINDOW)
-    return tiers[:, :-1].view(batch, heads, -1)
+    return TokenMap(tiers[:, :-1].view(batch, heads, -1), scores[:, :-1].view(batch, heads, -1))
+
+
+def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
+    """`token_map(...).tier`: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW."""
+    return token_map(cache, layer_idx).tier
 
 
 def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
