@@ -138,7 +138,7 @@ class TokenMap:
 
     Attributes:
         tier: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED.
-            Without tiers all before the window is HIGH.
+            A config that does not select stores no positions: what is packed is read as HIGH, just before the window.
         score: float32 of that shape: the significance stored with the token, N times the mean attention probability
             (1 = uniform); NaN where none is stored: pruned, in the window, or a config that does not select.
     """
@@ -171,8 +171,9 @@ def token_map(cache: LeanKVCache, layer_idx: int) -> TokenMap:
             tiers.scatter_(1, column, (HIGH, LOW)[tier])
             scores.scatter_(1, column, parts["score"].float().cpu())
     else:
-        first = fill.lengths - fill.counts + (0 if fill.pads is None else fill.pads)
-        tiers[:] = (torch.arange(layer.seen + 1) < first.cpu()[:, None]).repeat_interleave(heads, 0) * HIGH
+        end = torch.nn.functional.pad(fill.token_positions, (0, 1), value=fill.seen)[:, :1].cpu()  # [batch, 1]
+        first, place = end - (fill.lengths - fill.counts)[:, None].cpu(), torch.arange(layer.seen + 1)
+        tiers[:] = ((place >= first) & (place < end)).repeat_interleave(heads, 0) * HIGH
     position = torch.where(fill.valid, fill.token_positions, layer.seen).repeat_interleave(heads, 0).cpu()
     tiers.scatter_(1, position, WINDOW)
     return TokenMap(tiers[:, :-1].view(batch, heads, -1), scores[:, :-1].view(batch, heads, -1))

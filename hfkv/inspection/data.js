@@ -117,9 +117,17 @@ function moves(before, after, chosen) {
 // ---- figures as text ----
 
 function percent(share) {
-  if (share > 0 && share < 0.0005) return "< 0.1 %";
-  if (share < 1 && share > 0.9995) return "> 99.9 %";
-  return `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)} %`;
+  if (share > 0 && share < 0.0005) return "<\u00a00.1\u00a0%";
+  if (share < 1 && share > 0.9995) return ">\u00a099.9\u00a0%";
+  return `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)}\u00a0%`;
+}
+
+// A percentage in the room of a cell; only what is exactly none or all reads 0 or 100.
+function brief(share) {
+  const value = 100 * share;
+  if (value > 0 && value < 0.1) return "<.1";
+  if (value > 99 && value < 100) return (Math.floor(10 * value) / 10).toFixed(1);
+  return value > 0 && value < 1 ? value.toFixed(1) : String(Math.round(value));
 }
 
 function size(count) {

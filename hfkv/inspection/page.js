@@ -152,7 +152,7 @@ function showHeat() {
     const made = heat.buttons[row.head + 1][row.layer + 1], value = values[index];
     const step = most > least ? Math.min(6, Math.floor((7 * (value - least)) / (most - least))) : 3;
     made.className = `s${step}`;
-    made.textContent = value > 0 && value < 0.005 ? "<1" : value < 1 && value >= 0.995 ? ">99" : Math.round(100 * value);
+    made.textContent = brief(value);
     made.title = `${layerTitle(row.layer)}, ${headTitle(row.head)}: ${name} ${percent(value)}`;
     made.setAttribute("aria-label", made.title);
   });
@@ -176,6 +176,7 @@ function options(list, entries, chosen) {
 function choose(change) {
   const moved = "moment" in change && change.moment !== state.moment;
   Object.assign(state, change);
+  byId("token").style.minHeight = "";
   const heads = state.layer < 0 ? mostHeads : data.layers[state.layer].heads;
   if (state.head >= heads) state.head = -1;
   options(byId("moment"), moments.map((moment, index) => [index, momentTitle(moment)]), state.moment);
@@ -214,7 +215,8 @@ function showFigures() {
   const title = choiceTitle();
   const parts = [
     el("h3", {}, title[0].toUpperCase() + title.slice(1)),
-    table(["", chosen.length > 1 ? `tokens in ${chosen.length} heads` : "tokens", "share", "later attention"], lines.filter((line, index) => found[index])),
+    ...(chosen.length > 1 ? [el("p", { className: "quiet" }, `Tokens of ${chosen.length} heads together.`)] : []),
+    table(["", "tokens", "share", "later attention"], lines.filter((line, index) => found[index])),
     el("p", {}, `Pages ${size(own.pages)}, window ${size(own.window)}: ${percent((own.pages + own.window) / own.exact)} of ${size(own.exact)} exact.`),
   ];
   if (state.layer >= 0 && state.head < 0) {

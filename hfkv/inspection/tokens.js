@@ -34,7 +34,11 @@ function buildTokens() {
     const box = byId("strip").getBoundingClientRect();
     focusToken(Math.min(now().tokens - 1, Math.floor(((event.clientX - box.left) / box.width) * now().tokens)), true);
   });
-  new ResizeObserver(drawStrip).observe(byId("strip"));
+  new ResizeObserver(() => {
+    byId("token").style.minHeight = "";
+    document.documentElement.style.setProperty("--choice", `${byId("choice").offsetHeight}px`);
+    drawStrip();
+  }).observe(byId("choice"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawStrip);
 }
 
@@ -43,8 +47,8 @@ function onKey(event) {
   const to = { ArrowLeft: i - 1, ArrowRight: i + 1, Home: 0, End: last, PageUp: i - 50, PageDown: i + 50 }[event.key];
   if (to !== undefined) focusToken(Math.max(0, Math.min(last, to)), state.pinned);
   else if (event.key === "ArrowUp" || event.key === "ArrowDown") focusToken(nextLine(i, event.key === "ArrowUp" ? -1 : 1), state.pinned);
-  else if (event.key === "Enter" || event.key === " ") { state.pinned = !state.pinned; showToken(); }
-  else if (event.key === "Escape") { state.pinned = false; showToken(); }
+  else if (event.key === "Enter" || event.key === " ") pin(!state.pinned);
+  else if (event.key === "Escape") pin(false);
   else return;
   event.preventDefault();
 }
@@ -73,6 +77,11 @@ function focusToken(i, pin) {
   spans[i].focus({ preventScroll: true });
   spans[i].scrollIntoView({ block: "nearest" });
   point(i);
+}
+
+function pin(pinned) {
+  state.pinned = pinned;
+  showToken();
 }
 
 function point(i) {
@@ -114,11 +123,11 @@ function showLater() {
 
 function drawStrip() {
   const canvas = byId("strip").querySelector("canvas"), moment = now(), chosen = rowsOf(state.layer, state.head);
-  const scale = window.devicePixelRatio || 1, width = Math.max(1, Math.round(canvas.clientWidth * scale)), height = Math.round(34 * scale);
+  const scale = window.devicePixelRatio || 1, width = Math.max(1, Math.round(canvas.clientWidth * scale)), height = Math.round(24 * scale);
   canvas.width = width;
   canvas.height = height;
   const pen = canvas.getContext("2d"), style = getComputedStyle(document.documentElement);
-  const colours = PLACES.map((place) => style.getPropertyValue(`--${place.key}`).trim());
+  const colours = PLACES.map((place) => style.getPropertyValue(`--bar-${place.key}`).trim());
   const shares = [...Array(moment.tokens)].map((none, i) => countsOfToken(moment, chosen, i));
   for (let x = 0; x < width; x++) {
     const first = Math.floor((x * moment.tokens) / width), end = Math.max(first + 1, Math.floor(((x + 1) * moment.tokens) / width));
@@ -139,8 +148,9 @@ function drawStrip() {
 function showToken() {
   const panel = byId("token"), i = state.token, mark = byId("mark");
   mark.hidden = i < 0;
+  panel.className = i < 0 ? "idle" : "";
   if (i < 0) {
-    panel.replaceChildren(el("h3", {}, "No token chosen"), el("p", { className: "quiet" }, "Point at a token, or move to the text with Tab and use the arrow keys. A click or Enter keeps it, Escape lets go."));
+    panel.replaceChildren(el("h3", {}, "No token chosen"), el("p", { className: "quiet" }, "Point at a token, or move to the text with Tab and use the arrow keys. A click or Enter pins it, Escape lets go."));
     return;
   }
   mark.style.left = `${(100 * (i + 0.5)) / now().tokens}%`;
@@ -149,14 +159,18 @@ function showToken() {
   const said = PLACES.map((place, index) => [placeName(index, state.layer), found[index]]).filter((one) => one[1]);
   const places = chosen.length === 1 ? said[0][0] : said.map(([name, many]) => `${name} ${many}`).join(", ");
   spans[i].setAttribute("aria-label", `${data.texts[i] || "part of a character"}, position ${i}: ${places}`);
+  const close = el("button", { type: "button" }, state.pinned ? "Unpin" : "Close");
+  close.addEventListener("click", () => { if (state.pinned) pin(false); else point(-1); });
   const parts = [
-    el("h3", {}, el("code", {}, ...(data.texts[i] ? drawn(data.texts[i]) : ["▪"])), state.pinned ? " (kept: Escape lets go)" : ""),
+    close,
+    el("h3", {}, el("code", {}, ...(data.texts[i] ? drawn(data.texts[i]) : ["▪"]))),
     el("p", { className: "quiet" }, `position ${number(i)} of ${number(now().tokens)}, id ${data.ids[i]}, ${i < data.prompt ? "prompt" : "generated"}`),
   ];
   if (!data.texts[i]) parts.push(el("p", {}, `Some bytes of “${wholeOf(i)}”, which takes several tokens.`));
   if (chosen.length > 1) parts.push(el("p", {}, `In ${chosen.length} heads: ${said.map(([name, many]) => `${name} ${many} (${percent(many / chosen.length)})`).join(", ")}.`));
   parts.push(state.layer < 0 ? lettersOf(i) : headsOf(i));
   panel.replaceChildren(...parts);
+  panel.style.minHeight = `${panel.offsetHeight}px`; // what stands below does not jump from token to token
 }
 
 function wholeOf(i) {
