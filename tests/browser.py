@@ -93,9 +93,7 @@ class Browser:
 
     def appear(self, width: int = 1280, height: int = 900, scheme: str = "light", mobile: bool = False) -> None:
         """Size of the screen in CSS pixels and colour scheme."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def run(self, script: str) -> Any:

@@ -192,7 +192,9 @@ def test_layers_that_are_not_compressed_are_named_with_their_reason():
     assert [index for index, _ in data["plain"]] == [1, 2]
     assert all("transformers" in reason for _, reason in data["plain"])
     assert data["moments"][0]["plainBytes"] > 0
-    torch.testing.assert_close(torch.tensor([x["mass"] for x in data["moments"][0]["layers"]]).sum(-1), torch.ones(2, 2))
+    torch.testing.assert_close(
+        torch.tensor([x["mass"] for x in data["moments"][0]["layers"]]).sum(-1), torch.ones(2, 2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,10 +270,8 @@ def test_no_text_can_leave_the_data():
     page = make_page(examine(tiny_model(), byte_tokenizer(), ids, CONFIG, later=4))
     document = Document(page)
     assert [tag for tag, _ in document.elements].count("script") == len(document.scripts) == 2
-    assert {tag for tag, _ in document.elements} <= {
-        *("html head meta link title style body a header h1 h2 p noscript main section dl div label select span".split()),
-        *("canvas aside ul details summary pre footer script".split()),
-    }
+    assert not {"img", "iframe", "b"} & {tag for tag, _ in document.elements}
+    assert [tag for tag, _ in document.elements].count("style") == 1
     data = json.loads(document.scripts[0])
     assert "".join(data["texts"][: len(ids)]) == NASTY
     assert data["config"] == CONFIG.to_json()
@@ -385,7 +385,7 @@ def test_a_model_without_a_layer_to_compress_is_refused():
     torch.manual_seed(0)
     config = Gemma2Config(**{**model.config.to_dict(), "layer_types": ["sliding_attention"] * len(layers)})
     sliding = Gemma2ForCausalLM._from_config(config, attn_implementation="leankv").eval()
-    with pytest.raises(ValueError, match="no layer of this model is compressed: .* fits it better"):
+    with pytest.raises(ValueError, match=r"no layer of this model is compressed: .* fits it better"):
         examine(sliding, byte_tokenizer(), text_ids(50), CONFIG, later=4)
 
 

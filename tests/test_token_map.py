@@ -52,9 +52,7 @@ def filled(config, tokens, pads, steps):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    config=st.sampled_from(CONFIGS), tokens=st.integers(1, 150), pads=st.integers(0, 149), steps=st.integers(0, 40)
-)
+@given(config=st.sampled_from(CONFIGS), tokens=st.integers(1, 150), pads=st.integers(0, 149), steps=st.integers(0, 40))
 def test_every_token_is_in_one_place_and_only_packed_ones_of_a_selecting_config_have_a_score(
     config, tokens, pads, steps
 ):
@@ -64,7 +62,7 @@ def test_every_token_is_in_one_place_and_only_packed_ones_of_a_selecting_config_
         found = cache.token_map(layer.index)
         assert found.tier.shape == found.score.shape == (2, 2, tokens + steps)
         held = [layer.tokens[name] for name in (*layer.tiers, "window")]
-        for place, count in zip((HIGH, LOW)[: len(layer.tiers)] + (WINDOW,), held, strict=True):
+        for place, count in zip((*(HIGH, LOW)[: len(layer.tiers)], WINDOW), held, strict=True):
             assert torch.equal((found.tier == place).sum(-1), count)
         absent = torch.tensor([[0], [pads]])  # were never stored, and read as pruned
         assert torch.equal((found.tier == PRUNED).sum(-1), layer.tokens["pruned"] + absent)

@@ -122,12 +122,12 @@ function percent(share) {
   return `${(100 * share).toFixed(share === 0 || share === 1 ? 0 : 1)}\u00a0%`;
 }
 
-// A percentage in the room of a cell; only what is exactly none or all reads 0 or 100.
-function brief(share) {
+// A percentage in the room of a cell, with a decimal where asked; only what is exactly none or all reads 0 or 100.
+function brief(share, fine) {
   const value = 100 * share;
-  if (value > 0 && value < 0.1) return "<.1";
-  if (value > 99 && value < 100) return (Math.floor(10 * value) / 10).toFixed(1);
-  return value > 0 && value < 1 ? value.toFixed(1) : String(Math.round(value));
+  if (value === 0 || value >= 100) return String(Math.round(value));
+  if (value < 0.1) return "<.1";
+  return fine || value < 1 || value > 99 ? (Math.floor(10 * value) / 10).toFixed(1) : String(Math.round(value));
 }
 
 function size(count) {

@@ -193,6 +193,6 @@ def _check(model: PreTrainedModel, ids: list[int], generate: int, later: int) ->
     needed = len(ids) + generate + later
     if limit and needed > limit:
         raise ValueError(
-            f"{len(ids)} tokens of the prompt, {generate} generated and {later} later ones need {needed} positions, the "
-            f"model has {limit}: use a shorter text"
+            f"{len(ids)} tokens of the prompt, {generate} generated and {later} later ones need {needed} positions, "
+            f"the model has {limit}: use a shorter text"
         )

@@ -64,6 +64,7 @@ function showFacts() {
     "For every layer and key/value head each token is in one place: a tier of packed codes, the window of newest tokens, which stays exact, or nowhere any more (pruned).",
     "Score is the significance stored with the token when the cache last chose tiers: the attention it received, in multiples of what uniform attention would give. Tokens in the window, pruned ones and settings that do not select have none.",
     `Later attention is what the queries of tokens that the cache has not seen look at (here: ${later}), computed on exact keys, of the attention that falls on the tokens in question; the mean over those queries and over the query heads that share the key/value head. Attention kept is the part of it that falls on tokens which are still stored.`,
+    "A little attention lost is not a little lost: what no later token has looked at yet may be what the next question is about.",
     "Bytes are physical: everything held, codes with their metadata, free slots, window, queries, tables and free pages.",
   ].map((text) => el("p", {}, text)));
 }
@@ -152,7 +153,7 @@ function showHeat() {
     const made = heat.buttons[row.head + 1][row.layer + 1], value = values[index];
     const step = most > least ? Math.min(6, Math.floor((7 * (value - least)) / (most - least))) : 3;
     made.className = `s${step}`;
-    made.textContent = brief(value);
+    made.textContent = brief(value, most - least < 0.1);
     made.title = `${layerTitle(row.layer)}, ${headTitle(row.head)}: ${name} ${percent(value)}`;
     made.setAttribute("aria-label", made.title);
   });

@@ -1,7 +1,7 @@
 """An examination as one HTML page: the data in compact form, and the template that shows them.
 
-Per layer, head and token the page holds two bits for the tier, an fp16 score and one byte for the attention of the later
-queries, in base64; everything else is JSON. What the reader's browser does with them is in `page.js`.
+Per layer, head and token the page holds two bits for the tier, an fp16 score and one byte for the attention of the
+later queries, in base64; everything else is JSON. `data.js` reads them, `page.js` and `tokens.js` show them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def write_page(made: Examination, path: str | os.PathLike[str]) -> Path:
 def make_page(made: Examination) -> str:
     """The page as text: no script, style, font or picture comes from elsewhere."""
     text = json.dumps(page_data(made), separators=(",", ":"), allow_nan=False)  # ASCII
-    parts = {"style": _file("page.css"), "script": "\n".join(_file(f"{name}.js") for name in ("data", "page", "tokens")), "data": text.replace("<", "\\u003c")}
+    parts = {
+        "style": _file("page.css"),
+        "script": "\n".join(_file(name) for name in ("data.js", "page.js", "tokens.js")),
+        "data": text.replace("<", "\\u003c"),
+    }
     return re.sub(r"@@(\w+)@@", lambda found: parts[found[1]], _file("page.html"))
 
 

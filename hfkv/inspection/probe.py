@@ -45,7 +45,7 @@ class Probe:
     attention: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        index = getattr(module, "layer_idx", None)
+        index = getattr(module, "layer_idx", -1)
         if index in self.layers and index not in self.attention:
             scaling = kwargs.get("scaling")
             terms = (

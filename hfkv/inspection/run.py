@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     )
     write_page(made, out)
     report = made.moments[-1].report
-    print(f"{made.model}, {made.setting}: {report.physical_bytes:,} of {report.exact_bytes:,} bytes ({report.ratio:.3f})")
+    print(
+        f"{made.model}, {made.setting}: {report.physical_bytes:,} of {report.exact_bytes:,} bytes ({report.ratio:.3f})"
+    )
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in any browser")
     return 0
 
