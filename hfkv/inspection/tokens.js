@@ -4,13 +4,11 @@ const spans = [];
 
 // What a token shows: its text, with signs for line ends, tabs and control characters.
 function drawn(text) {
-  const signs = { "\n": "↵", "\t": "⇥", "\r": "␍" };
+  const signs = { "\n": "↵", "\t": "⇥" };
   return text.split(/([\n\t\r\u0000-\u0008\u000b-\u001f\u007f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff])/).flatMap((part, index) => {
     if (index % 2 === 0) return part ? [part] : [];
-    if (part === "\r") return [el("i", { "data-s": signs[part] })];
-    const code = part.charCodeAt(0);
-    const sign = signs[part] || (code < 32 ? String.fromCharCode(0x2400 + code) : `U+${code.toString(16).toUpperCase().padStart(4, "0")}`);
-    return [el("i", { "data-s": sign }, part === "\n" || part === "\t" ? part : "")];
+    const sign = signs[part] || `U+${part.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+    return [el("i", { "data-s": sign }, signs[part] ? part : "")];
   });
 }
 
