@@ -71,10 +71,11 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _inspect(args: argparse.Namespace) -> int:
     from hfkv.inspection import run
+    from hfkv.paging.pool import OutOfPages
 
     try:
         return run.run(args)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, OutOfPages, TypeError, ValueError) as error:
         print(f"hfkv inspect: {error}", file=sys.stderr)
         return 2
 

@@ -364,6 +364,7 @@ def test_documentation_text_needs_no_file(saved_model, tmp_path):
         (["--tokens", "50", "--later", "0"], "later = 0"),
         (["--tokens", "50", "--generate", "-1"], "generate = -1"),
         (["--config", '{"window": 0}'], "LeanKVConfig.window = 0"),
+        (["--tokens", "200", "--config", '{"max_bytes": 1000}'], "max_bytes"),
         (["--out", "FOLDER"], "is a folder"),
         (["--model", "./nowhere"], "./nowhere"),
     ],
