@@ -83,7 +83,10 @@ function pin(pinned) {
 }
 
 function point(i) {
-  if (state.token >= 0) spans[state.token].classList.remove("here");
+  if (state.token >= 0) {
+    spans[state.token].classList.remove("here");
+    spans[state.token].removeAttribute("aria-selected");
+  }
   state.token = i;
   showToken();
 }
@@ -153,6 +156,7 @@ function showToken() {
   }
   mark.style.left = `${(100 * (i + 0.5)) / now().tokens}%`;
   spans[i].classList.add("here");
+  spans[i].setAttribute("aria-selected", "true");
   const chosen = rowsOf(state.layer, state.head), found = countsOfToken(now(), chosen, i);
   const said = PLACES.map((place, index) => [placeName(index, state.layer), found[index]]).filter((one) => one[1]);
   const places = chosen.length === 1 ? said[0][0] : said.map(([name, many]) => `${name} ${many}`).join(", ");
