@@ -42,8 +42,9 @@ class Incoming:
         if bool(entering.all()):  # all of them, as they lie
             row = torch.arange(rows, device=entering.device).repeat_interleave(n)
             return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
-        row, column = entering.nonzero(as_tuple=True)
-        return self.k[row, column], self.v[row, column], row, self.score[row, column], self.birth[row, column]
+        flat = entering.flatten().nonzero().squeeze(1)
+        k, v, score, birth = (x.flatten(0, 1).index_select(0, flat) for x in (self.k, self.v, self.score, self.birth))
+        return k, v, flat // n, score, birth
 
 
 class PackedRows:
@@ -199,7 +200,7 @@ class PackedRows:
             if plan.scores is not None:
                 self.rescore(tier, counts[tier], plan.scores[tier])
             edit = TierEdit(self.pool, self.classes[tier], self.table, tier, plan, counts[tier])
-            if tier == 0 and plan.demoted is not None:
+            if tier == 0 and plan.demoted is not None and plan.demoted.shape[1]:
                 arriving[1].insert(0, edit.demoted(self.layouts[1], plan.demoted))
             edit.close_holes()
             edit.exchange(table)
