@@ -50,8 +50,8 @@ def received_exact(
 
 def _probabilities(logits: Tensor, sinks: Tensor | None, lse: Tensor | None) -> Tensor:
     """Softmax of logits [rows, groups, queries, tokens], with sinks or a known log-sum-exp [rows, groups, queries]."""
-    if lse is None and sinks is None:
-        return logits.softmax(-1)
     if lse is None:
+        if sinks is None:
+            return logits.softmax(-1)
         lse = torch.logaddexp(logits.logsumexp(-1), sinks)
     return logits.sub_(lse[..., None]).exp_()
