@@ -113,10 +113,10 @@ class LeanKVLayer(DynamicLayer):
         self.generation += 1
 
     def select(self, index: Tensor) -> None:
-        """Make sequence i a copy of today's sequence `index[i]`."""
-        if self.tokens is not None:
-            self.tokens.select(index.to(self.device))
-            self.generation += 1
+        """Make what is exact of sequence i a copy of today's sequence `index[i]`, int64 [n] on the layer's device."""
+        assert self.tokens is not None
+        self.tokens.select(index)
+        self.generation += 1
 
     def offload(self) -> NoReturn:
         raise ValueError(
