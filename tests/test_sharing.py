@@ -75,7 +75,7 @@ def index_of(name, value, rows):
 
 
 @given(OPERATIONS, st.integers(1, 3), st.sampled_from(["exact", (8, 4)]))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_rows_hold_what_copies_would(operations, rows, tier):
     pools, births = [PagePool("cpu"), PagePool("cpu")], [0] * rows
     pair = [[one_tier(rows, tier, pool) for _ in range(2)] for pool in pools]  # two layers that share, two that copy
@@ -122,7 +122,7 @@ def test_rows_hold_what_copies_would(operations, rows, tier):
 @given(
     OPERATIONS, st.integers(1, 3), st.randoms(use_true_random=False), st.sampled_from([((8, 8), (4, 4)), ((8, 8),) * 2])
 )
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_every_kept_token_of_a_fork_is_in_exactly_one_tier(operations, rows, random, tiers):
     layer, births = packed_layer(rows, tiers=tiers), [0] * rows
     for name, value in operations:
