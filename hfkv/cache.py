@@ -347,7 +347,8 @@ class LeanKVCache(LazyLinearLayers):
     def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
         """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
         held = self.compressed
-        if held and torch.equal(index.cpu(), torch.arange(held[0].fill.batch)):
+        batch = held[0].fill.batch if held else 0
+        if held and torch.equal(index.cpu(), torch.arange(batch)):
             return
         self._check_room(held, index.numel())
         own = {device: index.to(device) for device in self._pools}
@@ -359,6 +360,9 @@ class LeanKVCache(LazyLinearLayers):
                     plain(layer)
                 elif layer.tokens is not None:
                     layer.select(own[layer.tokens.device])
+            if held and index.numel() < batch:
+                for pool in self.pools:
+                    pool.trim()
 
     def _check_room(self, held: Sequence[LayerTokens], batch: int) -> None:
         """Raise OutOfPages where `max_bytes` does not hold the exact parts of so many sequences; pages are shared."""

@@ -271,7 +271,10 @@ def test_a_fork_interrupted_anywhere(act: str) -> None:
     usable = 0
     for place in sorted({1 + i * (counter.calls - 1) // PLACES for i in range(PLACES + 1)}):
         cache, twin = copy.deepcopy(prepared), copy.deepcopy(other)
-        with suppress(KeyboardInterrupt), Interrupt(place).watching():  # Python drops what a generator raises at its end
+        with (
+            suppress(KeyboardInterrupt),
+            Interrupt(place).watching(),
+        ):  # Python drops what a generator raises at its end
             run(cache)
         seen = cache.get_seq_length() - 332
         try:
