@@ -194,6 +194,21 @@ class LayerTokens:
         """What is held now, readable also after a chunk has been stored."""
         return Past(self.packed, self.kernels.view(self.packed), self.window, self.fill)
 
+    def follow(self, mask: Tensor, new: int, valid: Tensor | None) -> bool:
+        """Whether a padding mask [batch, 1, 1, tokens] shows just what is held and the valid of `new` tokens.
+
+        Tokens of the window that it hides by now are dropped for that: what generate appends to a sequence that has
+        ended becomes padding in the next turn.
+        """
+        fills = self.cache.fills
+        if fills.agrees(mask, self.fill, new, valid):
+            return True
+        fill, slots = fills.shown(self.fill, mask)
+        if not fills.agrees(mask, fill, new, valid):
+            return False
+        self.window, self.fill = self.window.keep(slots), fill
+        return True
+
     # ---- fewer tokens ------------------------------------------------------------------------------------------------
 
     def crop(self, remove: int) -> None:

@@ -236,7 +236,7 @@ def test_conversation_of_a_padded_batch(name: str) -> None:
 
     def run(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
         ids = mask = torch.empty(2, 0, dtype=torch.long)
-        for number, lengths in enumerate([(3, 150), (40, 7), (1, 90)]):
+        for number, lengths in enumerate([(3, 150), (40, 7), (12, 20), (1, 90)]):
             question = left_padded(list(lengths), seed=10 * number)
             ids = torch.cat([ids, question["input_ids"]], 1)
             mask = torch.cat([mask, question["attention_mask"]], 1)
@@ -491,3 +491,72 @@ def test_enabled_with_an_assistant() -> None:
     hfkv.enable(assistant, LeanKVConfig.preset("exact"))
     inputs = {"input_ids": prompt(150), "max_new_tokens": NEW_TOKENS, "do_sample": False}
     assert_same_tokens(model.generate(**inputs, assistant_model=assistant), native("llama").generate(**inputs))
+
+
+# ---- sequences that end early
+
+
+def ended_early(steps: int, ends: int, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Ids and mask of a batch whose second answer ends after `ends` of `steps` tokens, then the next question."""
+    inputs = left_padded([90, 150])
+    free = native("llama").generate(**inputs, max_new_tokens=steps, do_sample=False)
+    ids = free.clone()
+    ids[1, 150 + ends :] = pad
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, steps), value=1)
+    mask[1, 150 + ends :] = 0
+    question = left_padded([12, 20], seed=5)
+    ids, mask = torch.cat([ids, question["input_ids"]], 1), torch.cat([mask, question["attention_mask"]], 1)
+    return inputs["input_ids"], ids, mask, 150 + steps
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(20, 5), (40, 30), (70, 8), (70, 69)], ids=str)
+def test_a_sequence_that_ended_early_goes_on(steps: int, ends: int) -> None:
+    """What was appended to it, pads, is stored as if it were said, and masked in the next turn."""
+    first, ids, mask, said = ended_early(steps, ends)
+
+    def run(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
+        before = {"input_ids": first, "attention_mask": mask[:, :150]}
+        with torch.no_grad():
+            model(**before, position_ids=positions(before["attention_mask"]), past_key_values=cache, use_cache=True)
+            for step in range(150, said - 1):  # as generate does: pads are fed with a mask of ones
+                seen = torch.nn.functional.pad(mask[:, :150], (0, step - 149), value=1)
+                where = positions(seen)[:, -1:]
+                model(
+                    input_ids=ids[:, step : step + 1],
+                    attention_mask=seen,
+                    position_ids=where,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        assert cache.get_seq_length() == said - 1
+        return greedy(model, cache, {"input_ids": ids, "attention_mask": mask})
+
+    assert_same_tokens(*both("llama", run))
+
+
+def test_an_end_beyond_the_window_is_refused() -> None:
+    first, ids, mask, said = ended_early(130, 3)
+    cache = exact()
+    options = {"max_new_tokens": 130, "min_new_tokens": 130}
+    greedy(lean("llama"), cache, {"input_ids": first, "attention_mask": mask[:, :150]}, **options)
+    held = cache.report().physical_bytes
+    with pytest.raises(ValueError, match=r"only the newest LeanKVConfig\.window may be hidden later"):
+        greedy(lean("llama"), cache, {"input_ids": ids, "attention_mask": mask})
+    assert cache.get_seq_length() == said - 1
+    assert cache.report().physical_bytes == held
+
+
+def test_dropped_tokens_come_back_where_the_turn_fails() -> None:
+    """A turn that does not fit is undone, with what it had dropped."""
+    first, ids, mask, said = ended_early(40, 30)
+    cache = exact()
+    options = {"max_new_tokens": 40, "do_sample": False}
+    lean("llama").generate(input_ids=first, attention_mask=mask[:, :150], past_key_values=cache, **options)
+    before = cache.compressed[0].fill
+    cache.config = LeanKVConfig.preset("exact", max_bytes=cache.report().physical_bytes)
+    long = torch.nn.functional.pad(ids, (0, 300), value=7)
+    with pytest.raises(hfkv.OutOfPages), torch.no_grad():
+        seen = torch.nn.functional.pad(mask, (0, 300), value=1)
+        lean("llama")(input_ids=long[:, said - 1 :], attention_mask=seen, past_key_values=cache, use_cache=True)
+    assert cache.compressed[0].fill is before
+    assert cache.get_seq_length() == said - 1
