@@ -47,7 +47,7 @@ def saved(model, cache, path):
 
 
 def turns(model, cache):
-    """What the second row said last is padding in the next turn, and so is what stands before the first one's question."""
+    """What the second row said last is padding in the next turn; pads stand before the first one's question."""
     said = model.generate(ROWS, attention_mask=SHORT, past_key_values=cache, **STEPS)
     ids = torch.cat([said, torch.tensor([[0, 5], [7, 9]])], 1)
     mask = torch.cat([SHORT, torch.ones(2, 10), torch.tensor([[0, 1], [1, 1]])], 1).long()
