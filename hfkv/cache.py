@@ -18,6 +18,7 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
 from hfkv.fingerprint import Fingerprint
 from hfkv.forward import ForwardBook
+from hfkv.hidden import drop_hidden
 from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
 from hfkv.natives import check_native
@@ -198,6 +199,11 @@ class LeanKVCache(LazyLinearLayers):
         if self.config.max_bytes is not None:
             pool.max_bytes = max(0, self.config.max_bytes - self._unpaged_bytes(pool.device))
         pool.reserve(peak, slack)
+
+    @plain_tensors()
+    def drop_hidden(self, mask: Tensor, new: int, valid: Tensor | None) -> bool:
+        """Drop packed tokens that a padding mask hides by now; see `hfkv.hidden`."""
+        return drop_hidden(self, mask, new, valid)
 
     # ---- shared by the layers of a step ------------------------------------------------------------------------------
 

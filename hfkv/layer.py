@@ -212,15 +212,18 @@ class LeanKVLayer(DynamicLayer):
             raise ValueError(
                 f"the attention mask {tuple(mask.shape)} hides tokens of a compressed past (a 4-D mask, or a 2-D one "
                 "that has changed): packed tokens have no order; pass the 2-D padding mask, the same for all tokens so "
-                "far (only the newest LeanKVConfig.window may be hidden later), or give a 4-D mask with the first chunk"
+                "far (only the newest of a sequence may be hidden later), or give a 4-D mask with the first chunk"
             )
         if torch.is_grad_enabled() and (q.requires_grad or chunk.k.requires_grad):
             raise ValueError("no gradient flows through a compressed past: call the model under torch.no_grad()")
 
     def _follows(self, chunk: Chunk, mask: Tensor, valid: Tensor | None) -> bool:
-        """Whether a mask hides pads of the past, which are not held, or newest tokens, which are dropped then."""
+        """Whether a mask hides pads of the past, which are not held, or tokens that can be dropped, which are then."""
         assert self.tokens is not None
-        return not says_more_than_padding(mask) and self.tokens.follow(mask, chunk.k.shape[2], valid)
+        if says_more_than_padding(mask):
+            return False
+        new = chunk.k.shape[2]
+        return self.tokens.follow(mask, new, valid) or self.cache.drop_hidden(mask, new, valid)
 
     # ---- snapshots ---------------------------------------------------------------------------------------------------
 

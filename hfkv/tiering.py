@@ -164,11 +164,12 @@ def _ask(layers: list[LayerTokens], after: Fill, score: Tensor, birth: Tensor, c
     for group, own_score, own_birth, own_tier in zip(groups, *parts, strict=True):
         shape = (len(group) * after.batch, heads, width)
         length = after.lengths.repeat(len(group))
+        exact = after.counts.clamp(max=group[0].config.window).repeat(len(group))
         candidates = Candidates(
             score=own_score.view(shape),
             birth=own_birth.view(shape),
             tier=own_tier.view(shape),
-            seen=(length - group[0].config.window).clamp_min(0),
+            seen=length - exact,
             length=length,
             tiers=group[0].packed.tiers,
             costs=group[0].costs,

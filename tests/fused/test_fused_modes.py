@@ -47,18 +47,18 @@ def saved(model, cache, path):
 
 
 def turns(model, cache):
-    """What the second row said last is padding in the next turn; pads stand before the first one's question."""
-    said = model.generate(ROWS, attention_mask=SHORT, past_key_values=cache, **STEPS)
+    """What the second row said is padding in the next turn; pads stand before the first one's question."""
+    said = model.generate(ROWS, attention_mask=SHORT, past_key_values=cache, **STEPS | dict(max_new_tokens=12))
     ids = torch.cat([said, torch.tensor([[0, 5], [7, 9]])], 1)
-    mask = torch.cat([SHORT, torch.ones(2, 10), torch.tensor([[0, 1], [1, 1]])], 1).long()
-    mask[1, -5:-2] = 0
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **STEPS)
+    mask = torch.cat([SHORT, torch.ones(2, 12), torch.tensor([[0, 1], [1, 1]])], 1).long()
+    mask[1, -13:-2] = 0  # ten of them are stored, two of these packed
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **STEPS | dict(max_new_tokens=5))
 
 
 def answers(model, cache):
     """One prompt, several answers, in prompts of a padded batch."""
     torch.manual_seed(1)
-    options = dict(attention_mask=SHORT, num_return_sequences=2, **STEPS | dict(do_sample=True))
+    options = dict(attention_mask=SHORT, num_return_sequences=2, **STEPS | dict(do_sample=True, max_new_tokens=6))
     return model.generate(ROWS, past_key_values=cache, **options)
 
 
