@@ -57,8 +57,7 @@ class Tape(TorchDispatchMode):
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor):
                 self.save(x)
-        with _disable_current_modes():
-            run(*args, **kwargs)
+        run(*args, **kwargs)
         self.entries.append((run, args, kwargs, None))
 
     def save(self, x):
@@ -104,7 +103,7 @@ class EmulatedGraph:
     def replay(self):
         with NoHostReads():
             for func, args, kwargs, out in self.tape.entries:
-                again = func(*args, **kwargs)
+                again = func(*args, **kwargs)  # a launch puts the modes aside: the interpreter may look
                 for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
                     if isinstance(old, torch.Tensor) and storage_of(old) != storage_of(new):
                         old.copy_(new)
@@ -126,9 +125,10 @@ def record_launches(monkeypatch):
     original = InterpretedFunction.run
 
     def run(self, *args, **kwargs):
-        if LAUNCHES:
-            LAUNCHES[-1].launch(lambda *a, **k: original(self, *a, **k), args, kwargs)
-        else:
-            original(self, *args, **kwargs)
+        with _disable_current_modes():
+            if LAUNCHES:
+                LAUNCHES[-1].launch(lambda *a, **k: original(self, *a, **k), args, kwargs)
+            else:
+                original(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)

@@ -105,7 +105,7 @@ def _check_places(name: str, func: Any, inputs: list[Any], outputs: list[Any]) -
 def _described(x: Any, on_device: bool) -> str:
     """A number that lies on the host and enters a device's operation is frozen in a recording: so it is compared."""
     if not isinstance(x, Tensor):
-        return repr(x)
+        return type(x).__name__ if isinstance(x, torch.UntypedStorage | torch.Generator) else repr(x)
     if on_device and x.device.type == "cpu":
         return repr(x.item())
     return f"{x.dtype}{list(x.shape)}"
