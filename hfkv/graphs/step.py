@@ -348,7 +348,7 @@ class DecodeStep:
             recording = self.recorder(device, lambda: trace.around(device_part), self._earlier)
             self._trace.check_same(trace)
             self._recording, self._earlier, self._trace = recording, None, None
-            self._held = [own.counts, own.kept, self._ids, self._positions, *self.read]
+            self._held = [own.counts, own.kept, *self.read, *trace.outside]
             recording.replay()
             self.owner.note_capture()
             return recording.out
@@ -363,7 +363,7 @@ class DecodeStep:
 
     @property
     def read(self) -> list[Tensor]:
-        """Every tensor of the cache that the device part reads or writes."""
+        """Every tensor of the cache that the device part reads or writes; kernels take them unseen by torch."""
         found: list[Tensor] = []
         for part in self.parts:
             found += [part.window.k, part.window.v, *part.still.read]

@@ -39,6 +39,7 @@ class StepTrace(TorchDispatchMode):
 
     Attributes:
         entries: one text per operation.
+        outside: tensors that were there before and that an operation took; a recording of the step needs them.
 
     Raises:
         NotCapturable: inside the step, where the host waits for the device.
@@ -47,6 +48,12 @@ class StepTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.entries: list[str] = []
+        self._taken: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    @property
+    def outside(self) -> list[Tensor]:
+        return list(self._taken.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,10 +65,17 @@ class StepTrace(TorchDispatchMode):
             raise NotCapturable(f"it waits for the device ({func})")
         out = func(*args, **kwargs)
         outputs = tree_leaves(out)
+        self._sort(inputs, outputs)
         _check_places(name, func, inputs, outputs)
         on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in inputs)
         self.entries.append(f"{func}({', '.join(_described(x, on_device) for x in inputs)})")
         return out
+
+    def _sort(self, inputs: list[Any], outputs: list[Any]) -> None:
+        """Tell memory that was there before from what the step has made."""
+        places = {_place(x): x for x in inputs if isinstance(x, Tensor)}
+        self._taken.update((place, x) for place, x in places.items() if place not in self._made)
+        self._made.update(place for x in outputs if isinstance(x, Tensor) and (place := _place(x)) not in places)
 
     def around(self, step: Callable[[], T]) -> T:
         """Run a step and record it."""
@@ -76,6 +90,14 @@ class StepTrace(TorchDispatchMode):
         first = next(((a, b) for a, b in pairs if a != b), None)
         what = f"{first[0]}, then {first[1]}" if first else f"{len(self.entries)} operations, then {len(later.entries)}"
         raise NotCapturable(f"its steps differ, so that they depend on more than their inputs: {what}")
+
+
+def _place(x: Tensor) -> int:
+    """Where a tensor's memory begins; of one that has no memory of its own, what it is."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return -id(x)
 
 
 def _masks_by_index(name: str, inputs: list[Any]) -> bool:
