@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the model (`decode`), a step's parts (`step`), what it asks (`trace`), `device`."""
+"""Decode steps as CUDA graphs: the model (`decode`), a step (`step`, `stand_in`), what it asks (`trace`), `device`."""
 
 from hfkv.graphs.decode import DecodeReport, compile_decode, decode_report
 
