@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from aot_launches import Build, chunk, flush, observed, prompt
+from aot_launches import Build, chunk, counted, flush, observed, prompt
 
 from hfkv.config import Tier
 from hfkv.kernels.triton import decode_kernels
@@ -174,6 +174,8 @@ def further() -> Iterator[Build]:
         yield prepare(arch, split=True)
         yield prepare(arch, dtype="fp32", coded=False, split=True)
         yield combine(arch, plain=True)
+    for arch in (80, 90, 100, 120):
+        yield from counted(arch)
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)
