@@ -3,8 +3,6 @@
 import copy
 import gc
 import inspect
-import logging
-import pickle
 import types
 import weakref
 
@@ -13,90 +11,21 @@ import torch
 from emulated_graph import EmulatedGraph, HostRead, NoHostReads, storage_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import CLOSE, FEW, IDS, PADDED, SMALL, assert_same, begun, difference, fresh, held, llama, step
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
 )
 
 import hfkv
-from hfkv import LeanKVCache, LeanKVConfig, OutOfPages
-from hfkv.fill import advance, crop
+from hfkv import LeanKVCache, LeanKVConfig
 from hfkv.graphs.decode import install
-from hfkv.graphs.fills import LaterFill
 from hfkv.report import tier_map
-
-SMALL = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, vocab_size=64, initializer_range=0.3, pad_token_id=None, eos_token_id=None, bos_token_id=None,
-)  # fmt: skip
-IDS = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(1))
-PADDED = torch.ones_like(IDS)
-PADDED[0, :25] = 0
-FEW = dict(max_new_tokens=50, do_sample=False)
-CLOSE = 1e-3
-"""Relative RMS difference of logits: sums in another order, and codes that they round the other way."""
 
 
 @pytest.fixture(autouse=True)
 def _plain_torch(monkeypatch):
     monkeypatch.setenv("HFKV_BACKEND", "torch")
-
-
-def llama(**changes):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes})).eval()
-    model.set_attn_implementation("leankv")
-    return model
-
-
-def fresh(preset="balanced", **changes):
-    return LeanKVCache(LeanKVConfig.preset(preset, **{"window": 8, "flush": 16, "observe": 8, **changes}))
-
-
-def difference(got, want):
-    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
-
-
-def step(model, cache, token, mask=None, **more):
-    """One forward -> logits of the last token; `token` is an id for all sequences, or ids."""
-    batch = cache.compressed[0].fill.batch
-    ids = torch.full((batch, 1), token) if isinstance(token, int) else token
-    with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, past_key_values=cache, **more).logits[:, -1]
-
-
-def held(cache):
-    """What two caches that went the same way have in common."""
-    layers = cache.compressed
-    kept = [(t.queries.positions, t.queries.stands_for) for t in layers if t.config.selects]
-    return (
-        kept,
-        [t.fill.counts.tolist() for t in layers],
-        cache.get_seq_length(),
-        [layer.seen for layer in cache.layers],
-    )
-
-
-def assert_same(got, want):
-    assert held(got) == held(want)
-    for a, b in zip(got.compressed, want.compressed, strict=True):
-        assert torch.equal(a.packed.table.lengths, b.packed.table.lengths)
-        n = a.fill.most
-        assert difference(a.window.k[:, :, :n], b.window.k[:, :, :n]) < CLOSE
-        if a.config.selects and a.queries.kept() is not None:
-            assert difference(a.queries.kept(), b.queries.kept()) < CLOSE
-        if a.config.selects:
-            for tier in range(a.packed.tiers):
-                scores = [x.packed.slots(tier, ("score",))[1]["score"].float() for x in (a, b)]
-                if scores[1].numel():
-                    assert difference(*scores) < 1e-2
 
 
 # ---- generate ------------------------------------------------------------------------------------------------------
@@ -200,16 +129,6 @@ def test_enabled_models_replay_and_disable_restores():
 
 
 # ---- forward after forward -------------------------------------------------------------------------------------------
-
-
-def begun(model, preset="balanced", rows=IDS, mask=None, steps=5, **changes):
-    """A cache behind a prompt and some steps; with `compiled` models the last of them is a replay."""
-    cache = fresh(preset, **changes)
-    with torch.no_grad():
-        model(input_ids=rows, attention_mask=mask, past_key_values=cache)
-    for token in range(1, steps + 1):
-        step(model, cache, token)
-    return cache
 
 
 def test_two_caches_in_turn():
@@ -352,194 +271,3 @@ def test_a_dropped_cache_is_gone_at_once():
         assert [x() for x in seen] == [None] * 4
     finally:
         gc.enable()
-
-
-# ---- what is not captured --------------------------------------------------------------------------------------------
-
-
-def test_layers_that_grow_by_themselves(caplog):
-    """A sliding layer: said once, and right."""
-    torch.manual_seed(0)
-    kinds = ["full_attention", "sliding_attention"]
-    config = Gemma2Config(**SMALL, query_pre_attn_scalar=16, sliding_window=16, layer_types=kinds)
-    model = Gemma2ForCausalLM(config).eval()
-    model.set_attn_implementation("leankv")
-    want = model.generate(IDS, attention_mask=PADDED, past_key_values=fresh("exact"), **FEW)
-    install(model, EmulatedGraph)
-    with caplog.at_level(logging.WARNING, "hfkv"):
-        for _ in range(2):
-            got = model.generate(IDS, attention_mask=PADDED, past_key_values=fresh("exact"), **FEW)
-            assert torch.equal(got, want)
-    assert sum("not captured" in x.message and "layer 1" in x.message for x in caplog.records) == 1
-    assert hfkv.decode_report(model).replayed == 0
-
-
-def refused(model, caplog, reason):
-    """The model generates what it did before, with one warning that names the reason."""
-    want = model.generate(IDS, attention_mask=PADDED, past_key_values=fresh(), **FEW)
-    install(model, EmulatedGraph)
-    with caplog.at_level(logging.WARNING, "hfkv"):
-        for _ in range(2):
-            cache = fresh()
-            assert torch.equal(model.generate(IDS, attention_mask=PADDED, past_key_values=cache, **FEW), want)
-    found = [x.message for x in caplog.records if "without CUDA graphs" in x.message]
-    assert len(found) == 1 and reason in found[0]
-    assert hfkv.decode_report(model).replayed == 0
-    assert cache.report().tokens == IDS.shape[1] + FEW["max_new_tokens"] - 1
-
-
-def test_a_model_that_waits_for_the_device(caplog):
-    model = llama()
-    norm = model.model.norm
-    norm.register_forward_hook(lambda module, args, out: out * float(out.isfinite().all().item()))
-    refused(model, caplog, "waits for the device")
-
-
-def test_a_model_that_asks_for_the_length(caplog):
-    """Its recorded step would go on with the length that it was recorded at."""
-    model = llama()
-    head = model.lm_head.forward
-    lengths = iter(range(10_000))
-    model.lm_head.forward = lambda x: head(x) + next(lengths) * 1e-9
-    refused(model, caplog, "its steps differ")
-
-
-def test_a_model_that_makes_masks_of_its_length(caplog):
-    torch.manual_seed(0)
-    config = OPTConfig(
-        hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, word_embed_proj_dim=32,
-        max_position_embeddings=256, init_std=0.3, pad_token_id=0, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
-    model.set_attn_implementation("leankv")
-    refused(model, caplog, "its steps differ")
-
-
-class Unrecordable(EmulatedGraph):
-    def __init__(self, device, step, before=None):
-        super().__init__(device, step, before)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-def test_a_recording_that_fails_leaves_the_cache_usable(caplog):
-    model = llama()
-    want = begun(model, steps=20)
-    install(model, Unrecordable)
-    with caplog.at_level(logging.WARNING, "hfkv"):
-        got = begun(model, steps=20)
-    assert_same(got, want)
-    assert sum("not permitted when stream is capturing" in x.message for x in caplog.records) == 1
-
-
-def test_other_calls_run_as_always():
-    model = llama()
-    install(model, EmulatedGraph)
-    cache = begun(model)
-    replayed = hfkv.decode_report(model).replayed
-    step(model, cache, 1, output_hidden_states=True)
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="dtype"):
-            model(input_ids=torch.full((2, 1), 5), past_key_values=cache)
-        model(inputs_embeds=model.model.embed_tokens(torch.full((2, 1), 5)), past_key_values=cache)
-    with pytest.raises(ValueError, match=r"torch\.no_grad"):
-        model(input_ids=torch.full((2, 1), 5), past_key_values=cache)
-    with pytest.raises(ValueError, match="batch size"), torch.no_grad():
-        model(input_ids=torch.full((3, 1), 5), past_key_values=cache)
-    with torch.no_grad():
-        model(input_ids=IDS, past_key_values=DynamicCache())
-        model(IDS)
-    assert hfkv.decode_report(model).replayed == replayed
-    assert hfkv.decode_report(model).eager["the call passes output_hidden_states"] == 1
-
-
-def test_an_interrupted_step_is_not_taken():
-    model = llama()
-    install(model, EmulatedGraph)
-    cache, control = begun(model, steps=1), begun(model, steps=1)
-    handle = model.model.norm.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        step(model, cache, 7)
-    handle.remove()
-    for token in range(30):
-        assert difference(step(model, cache, token), step(model, control, token)) < CLOSE
-    assert_same(cache, control)
-
-
-def test_out_of_pages_is_what_it_was(monkeypatch):
-    model = llama()
-    install(model, EmulatedGraph)
-    cache = begun(model)
-    control = copy.deepcopy(cache)
-
-    def refuse(demand, slack=0.0):
-        raise OutOfPages("none left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cache.pools[0], "reserve", refuse)
-        with pytest.raises(OutOfPages):
-            for _ in range(40):
-                step(model, cache, 1)
-    while control.get_seq_length() < cache.get_seq_length():
-        step(model, control, 1)
-    for token in range(20):
-        assert difference(step(model, cache, token), step(model, control, token)) < CLOSE
-    assert_same(cache, control)
-
-
-def test_copies_and_pickles():
-    model = llama()
-    install(model, EmulatedGraph)
-    cache = begun(model)
-    other = copy.deepcopy(model)
-    assert other.forward.__self__ is other
-    twin = copy.deepcopy(cache)
-    assert difference(step(other, twin, 3), step(model, cache, 3)) < CLOSE
-    assert hfkv.decode_report(other).replayed == hfkv.decode_report(model).replayed - 1
-    assert pickle.loads(pickle.dumps(cache.decode_step)) is None
-
-
-# ---- installation ----------------------------------------------------------------------------------------------------
-
-
-def test_what_it_needs_is_said():
-    model = llama()
-    with pytest.raises(ValueError, match=r"one CUDA device, and this one is on cpu"):
-        hfkv.compile_decode(model)
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"leankv.*'sdpa'.*hfkv\.enable"):
-        hfkv.compile_decode(model)
-    with pytest.raises(TypeError, match="Linear"):
-        hfkv.compile_decode(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="LlamaModel"):
-        hfkv.compile_decode(model.model)
-    config = BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=64, encoder_attention_heads=2,
-                        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)  # fmt: skip
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        hfkv.compile_decode(BartForConditionalGeneration(config))
-    assert "forward" not in model.__dict__
-
-
-# ---- fills -----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=1, max_size=6),
-    st.integers(1, 5),
-    st.integers(0, 3),
-)
-def test_a_later_fill_is_the_fill_of_as_many_steps(tokens, new, remove):
-    from hfkv.fill import Fill
-
-    base = Fill.empty(2, torch.device("cpu"))
-    for valid in tokens:
-        base = advance(base, 1, None if all(valid) else torch.tensor(valid)[:, None])
-    base = crop(base, remove)
-    want, late = base, LaterFill(LaterFill(base, 1), new)
-    for _ in range(new + 1):
-        want = advance(want, 1, None)
-    assert (late.most, late.seen, late.batch, late.uniform) == (want.most, want.seen, want.batch, want.uniform)
-    assert torch.equal(late.lengths, want.lengths)
-    assert torch.equal(late.counts, want.counts) and torch.equal(late.token_positions, want.token_positions)
-    assert torch.equal(copy.deepcopy(late).counts, want.counts)
-    assert torch.equal(late.valid, want.valid)
