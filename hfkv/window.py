@@ -127,7 +127,8 @@ class KeptQueries:
         """Count `new` queries, the newest of `seen` logical tokens -> which of them are kept, behind those held."""
         picked = range(-self.stands_for % self.every, new, self.every)[: self.most - len(self.positions)]
         self.stands_for += new
-        self.positions = [*self.positions, *(seen - new + i for i in picked)]
+        if picked:
+            self.positions = [*self.positions, *(seen - new + i for i in picked)]
         return picked
 
     def add(self, q: Tensor, seen: int) -> None:

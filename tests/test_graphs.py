@@ -5,6 +5,7 @@ import gc
 import inspect
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_two_caches_in_turn():
     for own, wanted in zip(got, want, strict=True):
         assert difference(torch.stack(own, 1), wanted) < CLOSE
     assert hfkv.decode_report(model).replayed > 40
+
+
+def test_two_threads_share_a_model():
+    model = llama()
+    want = [model.generate(rows, past_key_values=fresh(), **FEW) for rows in (IDS, IDS[:1])]
+    install(model, EmulatedGraph)
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(model.generate, rows, past_key_values=fresh(), **FEW) for rows in (IDS, IDS[:1])]
+        assert all(torch.equal(job.result(), wanted) for job, wanted in zip(work, want, strict=True))
+    assert hfkv.decode_report(model).replayed > 70
 
 
 @settings(max_examples=12, deadline=None)

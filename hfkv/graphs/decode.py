@@ -164,7 +164,9 @@ class CompiledDecode:
         for index, tokens in enumerate(held):
             if tokens is None:
                 why = cache.plain_reasons.get(index, "it has no tokens yet")
-                return self._say(f"layer {index} (and others alike) is not compressed and grows with every step: {why}")
+                return self._say(
+                    f"layer {index} (and others alike) is not compressed, and its own step cannot be replayed: {why}"
+                )
         first = held[0]
         assert first is not None
         if ids.shape[0] != first.fill.batch or ids.device != first.device:

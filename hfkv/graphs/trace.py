@@ -15,6 +15,7 @@ T = TypeVar("T")
 WAITS = {
     "_local_scalar_dense",
     "_unique2",
+    "bincount",
     "equal",
     "is_nonzero",
     "item",
