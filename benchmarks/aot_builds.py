@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from aot_launches import Build, chunk, flush, observed, prompt
+from aot_launches import Build, chunk, counted, flush, observed, prompt
 
 from hfkv.config import Tier
 from hfkv.kernels.triton import decode_kernels
@@ -177,6 +177,8 @@ def further() -> Iterator[Build]:
         yield combine(arch, plain=True)
     yield prepare(89)
     yield combine(89)
+    for arch in (80, 90, 100, 120):
+        yield from counted(arch)
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)

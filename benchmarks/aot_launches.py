@@ -17,7 +17,7 @@ from triton.runtime import JITFunction
 
 from hfkv.config import Tier
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.kernels.triton import chunk_attention, compaction, observe, prompt_attention, quantize_pack, tiles
+from hfkv.kernels.triton import append, chunk_attention, compaction, observe, prompt_attention, quantize_pack, tiles
 from hfkv.quant import Codec, PageLayout
 
 POINTERS = {
@@ -89,13 +89,26 @@ def launched(case: str, arch: int, run: Callable[[], Any]) -> Iterator[Build]:
     calls: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     with ExitStack() as stack:
         stack.enter_context(patch.object(tiles, "major", lambda device: arch // 10))
-        for module in (chunk_attention, compaction, observe, prompt_attention, quantize_pack):
+        for module in (append, chunk_attention, compaction, observe, prompt_attention, quantize_pack):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.enter_context(patch.object(module, name, Recorder(value, calls)))
         run()
     for kernel, arguments, named in calls:
         yield _build(case, arch, kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | named)
+
+
+def counted(arch: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Iterator[Build]:
+    """A recorded step's counters, and a layer's token and queries."""
+    k, q = torch.zeros(ROWS, HEADS, 1, dim, dtype=dtype), torch.zeros(ROWS, 4 * HEADS, 1, dim, dtype=dtype)
+    window, queries = torch.zeros(ROWS, HEADS, 96, dim, dtype=dtype), torch.zeros(ROWS, 4 * HEADS, 8, dim, dtype=dtype)
+    counts, kept = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+
+    def run() -> None:
+        append.begin_step(counts, kept, 4, 8)
+        append.append_step(k, k, q, window, window, counts, queries, kept)
+
+    yield from launched(f"D{dim}", arch, run)
 
 
 def _build(case: str, arch: int, kernel: JITFunction, given: dict[str, Any]) -> Build:

@@ -94,6 +94,7 @@ class LeanKVCache(LazyLinearLayers):
         self._flush_due = False
         self._budget_said = False
         self.fills = FillBook()
+        self.decode_step: Any = None  # the one that `hfkv.compile_decode` has recorded of this cache
         if self.model_config is not None:
             for index, native in enumerate(DynamicCache(config=self.model_config).layers):
                 if type(native) is DynamicLayer:
@@ -154,6 +155,17 @@ class LeanKVCache(LazyLinearLayers):
         if not held:
             return False
         return self._flush_due or held[0].capacity_left < new <= self.config.flush
+
+    def begin_step(self) -> None:
+        """What the first update of a forward of one token does before anything changes, for a step without updates.
+
+        Raises:
+            OutOfPages: `max_bytes` does not hold the step; nothing has changed.
+            RuntimeError: an earlier forward stopped halfway.
+        """
+        self.forwards.begin(self)
+        if self._must_flush(1):
+            self.flush()
 
     def undo_forward(self) -> None:
         """Put every layer back to where it was before the forward that is failing."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from hfkv.attention import NAME, _refuse_config
 from hfkv.cache import LeanKVCache
 from hfkv.config import LeanKVConfig
+from hfkv.graphs.decode import remove
 
 logger = logging.getLogger("hfkv")
 
@@ -55,7 +56,12 @@ def enable(model: PreTrainedModel, config: LeanKVConfig | None = None) -> PreTra
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `enable`: the model's own caches and attention implementation again; returns the model."""
+    """Undo `enable` and `compile_decode`: the model's own caches, forward and attention implementation again.
+
+    Returns:
+        The model.
+    """
+    remove(model)
     settings = model.__dict__.pop(_SETTINGS, None)
     model.__dict__.pop(_HOOK, None)
     if settings is not None:

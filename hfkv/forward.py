@@ -32,9 +32,18 @@ class ForwardBook:
             if self._updates.get(index, 0) + 1 != self._updates[lead]:
                 raise self._aborted(cache, index)
             return False
-        self.check(cache)
-        self._undo, self._lead = [], index
+        self.begin(cache)
+        self._lead = index
         return True
+
+    def begin(self, cache: LeanKVCache) -> None:
+        """A forward begins: the last one must have ended well, and is no longer to be undone.
+
+        Raises:
+            RuntimeError, ValueError: an earlier forward, flush or reorder stopped halfway.
+        """
+        self.check(cache)
+        self._undo = []
 
     def note(self, index: int, layer: Any, state: Any) -> None:
         """Remember what a layer was before its update."""

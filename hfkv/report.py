@@ -62,7 +62,7 @@ class Report:
         exact_bytes: what the same tokens take in the model's dtype.
         plain_bytes: bytes of the layers that transformers keeps, not part of the two above.
         pool_free_bytes: free pages, unused chunks and chunk remainders.
-        workspace_bytes: buffers of a step, which all layers of a device share.
+        workspace_bytes: buffers of a step, which all layers of a device share, and those of a recorded step.
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
         backend: what runs the kernels, `triton` or `torch`; `none` before the first prompt.
@@ -132,6 +132,7 @@ def make_report(cache: LeanKVCache) -> Report:
     free = sum(pool.physical_bytes - pool.used_bytes for pool in pools)
     plain = sum(_plain_bytes(layer) for layer, made in zip(cache.layers, layers, strict=True) if not made.compressed)
     space = sum(workspace.nbytes for workspace in cache.workspaces.values())
+    space += 0 if cache.decode_step is None else cache.decode_step.nbytes
     physical, exact = sum(layer.physical_bytes for layer in layers) + free + space, sum(x.exact_bytes for x in layers)
     backend = ", ".join(sorted({tokens.kernels.name for tokens in cache.compressed})) or "none"
     shared = sum(layer.shared_bytes for layer in layers)

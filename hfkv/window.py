@@ -130,16 +130,22 @@ class KeptQueries:
         """The kept queries [batch, q_heads, n, D], or None."""
         return None if self.q is None or not self.positions else self.q[:, :, : len(self.positions)]
 
+    def pick(self, new: int, seen: int) -> range:
+        """Count `new` queries, the newest of `seen` logical tokens -> which of them are kept, behind those held."""
+        picked = range(-self.stands_for % self.every, new, self.every)[: self.most - len(self.positions)]
+        self.stands_for += new
+        if picked:
+            self.positions = [*self.positions, *(seen - new + i for i in picked)]
+        return picked
+
     def add(self, q: Tensor, seen: int) -> None:
         """Take every few of q [batch, q_heads, new, D], the newest of `seen` logical tokens."""
-        new, held = q.shape[2], len(self.positions)
-        picked = range(-self.stands_for % self.every, new, self.every)[: self.most - held]
-        self.stands_for += new
+        held = len(self.positions)
+        picked = self.pick(q.shape[2], seen)
         if picked:
             if self.q is None:
                 self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
             self.q[:, :, held : held + len(picked)] = q[:, :, picked.start : picked[-1] + 1 : self.every]
-            self.positions = [*self.positions, *(seen - new + i for i in picked)]
 
     def add_tail(self, q: Tensor, seen: int) -> None:
         """Take the last queries of a long chunk instead of all that were kept."""

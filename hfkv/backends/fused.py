@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
-from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, observe, prompt_attention
+from hfkv.kernels.quantize_pack import Basis
+from hfkv.kernels.triton import append, chunk_attention, compaction, decode_attention, observe, prompt_attention
+from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
@@ -59,7 +62,25 @@ class FusedKernels:
 
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         plan = self._plan(past, q.shape[1] // past.window.heads * q.shape[2])
-        return decode_attention.attend_step(past, q, call, plan)
+        return decode_attention.attend_step(past, q, call, plan, pages=past.view)
+
+    begin_step = staticmethod(append.begin_step)
+    append_step = staticmethod(append.append_step)
+
+    def still(self, past: Past, before: Any) -> StillPages:
+        if before is not None and before.takes(past):
+            plan = None if before.plan is None else self._plan(past, before.plan.columns)
+            if plan is before.plan and before.uses(self.space):
+                return before
+        return StillPages.of(past)
+
+    def attend_still(self, still: StillPages, past: Past, q: Tensor, call: Call) -> Tensor:
+        if still.plan is None:
+            still.plan = self._plan(past, q.shape[1] // past.window.heads * q.shape[2])
+        own = StillPast(past.packed, still.pages, past.window, past.fill, still.basis)
+        out = decode_attention.attend_step(own, q, call, still.plan, pages=still.pages)
+        still.buffers = _buffers(self.space)
+        return out
 
     def _plan(self, past: Past, columns: int) -> StepPlan:
         """The step's work items, laid out anew where the pages have changed."""
@@ -137,6 +158,80 @@ class FusedKernels:
         return incoming
 
     apply = staticmethod(apply_on_device)
+
+
+@dataclass(frozen=True)
+class StillPast(Past):
+    """A past whose pages are read through copies of what a flush makes anew."""
+
+    copied: Basis
+
+    @property
+    def basis(self) -> Basis:
+        return self.copied
+
+
+@dataclass(eq=False)
+class StillPages:
+    """What a replayed step reads of a layer's packed tokens, at addresses that outlast a flush.
+
+    Attributes:
+        pages: copies of the page table, its lengths and the chunk addresses; these have room for more chunks.
+        basis: the layer's, with a copy of the mean keys.
+        plan: the step's work items, which are always refreshed in place; None before the first step.
+        buffers: tensors of the workspace that the last step used.
+    """
+
+    pages: Pages
+    basis: Basis
+    plan: StepPlan | None = None
+    buffers: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, past: Past) -> StillPages:
+        """Copies of what a layer has now."""
+        pages, mean = past.view, past.basis.mean
+        addresses = pages.addresses.new_zeros(power_of_two(2 * pages.addresses.numel()))
+        addresses[: pages.addresses.numel()] = pages.addresses
+        own = replace(pages, ids=pages.ids.clone(), lengths=pages.lengths.clone(), addresses=addresses)
+        return cls(own, Basis(past.basis.key, past.basis.value, None if mean is None else mean.clone()))
+
+    def takes(self, past: Past) -> bool:
+        """Copy what a layer has now; False if there is no room for it."""
+        new, own, mean = past.view, self.pages, past.basis.mean
+        chunks = new.addresses.numel()
+        fits = (new.ids.shape, new.layouts, new.align) == (own.ids.shape, own.layouts, own.align)
+        if not fits or chunks > own.addresses.numel() or (mean is None) != (self.basis.mean is None):
+            return False
+        if past.basis.key is not self.basis.key or past.basis.value is not self.basis.value:
+            return False
+        pairs = [(own.ids, new.ids), (own.lengths, new.lengths), (own.addresses[:chunks], new.addresses)]
+        if mean is not None and self.basis.mean is not None:
+            pairs.append((self.basis.mean, mean))
+        for target, source in pairs:
+            target.copy_(source)
+        return True
+
+    def uses(self, space: Workspace) -> bool:
+        """Whether the workspace is still the one that the last step used, if there was one."""
+        return self.buffers is None or all(a is b for a, b in zip(self.buffers, _buffers(space), strict=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        mean = 0 if self.basis.mean is None else self.basis.mean.nbytes
+        return self.pages.ids.nbytes + self.pages.lengths.nbytes + self.pages.addresses.nbytes + mean
+
+    @property
+    def read(self) -> list[Tensor]:
+        """Every tensor that a step reads or writes."""
+        own = [self.pages.ids, self.pages.lengths, self.pages.addresses, *(self.buffers or ())]
+        own += [] if self.plan is None else [self.plan.items, self.plan.offsets]
+        return own + [x for x in (self.basis.key, self.basis.value, self.basis.mean) if x is not None]
+
+
+def _buffers(space: Workspace) -> tuple[Tensor, ...]:
+    return space.acc, space.stats, space.whole, space.split, space.terms
 
 
 def _pages(packed: PackedRows, tier: int) -> TierPages:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
 from hfkv.handle import Chunk
+from hfkv.kernels.append import append_step, begin_step
+from hfkv.kernels.decode_attention import WorkList
+from hfkv.kernels.quantize_pack import Basis
 from hfkv.observe import observe_chunk, observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
@@ -45,6 +49,35 @@ class Kernels(Protocol):
         """Attention of the newest queries, whose tokens are in the window already."""
         ...
 
+    def begin_step(self, counts: Tensor, kept: Tensor | None, every: int, most: int) -> None:
+        """Count a token more in every window, on the device; see `hfkv.kernels.append`."""
+        ...
+
+    def append_step(
+        self,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        window_k: Tensor,
+        window_v: Tensor,
+        counts: Tensor,
+        queries: Tensor | None,
+        kept: Tensor | None,
+    ) -> None:
+        """Write one token of every sequence where the counters say."""
+        ...
+
+    def still(self, past: Past, before: Any) -> Any:
+        """What a replayed step reads of the pages: `before` with what they are now, if a recording of it stays right.
+
+        It has `nbytes`, what it takes beside the layer, and `read`, every tensor that it leads a step to.
+        """
+        ...
+
+    def attend_still(self, still: Any, past: Past, q: Tensor, call: Call) -> Tensor:
+        """`attend_step` that asks nothing of the host: pages from `still`, and a fill that knows `counts` alone."""
+        ...
+
     def attend_chunk(
         self, past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, observed: int
     ) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +111,26 @@ class Kernels(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StillWork:
+    """A layer's work list and basis between two flushes; what they lead to stays in place as long as this is held."""
+
+    work: WorkList
+    basis: Basis
+
+    nbytes = 0
+
+    @property
+    def read(self) -> list[Tensor]:
+        """Every tensor that a step reads."""
+        own = [x for x in (self.basis.key, self.basis.value, self.basis.mean) if x is not None]
+        for block in self.work.blocks:
+            own += [
+                x for x in (block.row, block.filled, *(y for source in block.sources for y in source)) if x is not None
+            ]
+        return own
+
+
 class PlainKernels:
     """`Kernels` by the twins."""
 
@@ -87,6 +140,8 @@ class PlainKernels:
     view = staticmethod(PackedLayer.work)
     attend_own = staticmethod(attend_own)
     attend_step = staticmethod(attend_step)
+    begin_step = staticmethod(begin_step)
+    append_step = staticmethod(append_step)
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)
@@ -100,3 +155,14 @@ class PlainKernels:
     @staticmethod
     def checker(packed: PackedRows, incoming: Incoming) -> None:
         return None
+
+    @staticmethod
+    def still(past: Past, before: StillWork | None) -> StillWork:
+        """A flush makes another work list, of other shapes: a step must then be recorded anew."""
+        if before is not None and before.work is past.work and before.basis.mean is past.basis.mean:
+            return before
+        return StillWork(past.work, Basis(past.basis.key, past.basis.value, past.basis.mean))
+
+    @staticmethod
+    def attend_still(still: StillWork, past: Past, q: Tensor, call: Call) -> Tensor:
+        return attend_step(Past(past.packed, still.work, past.window, past.fill), q, call)

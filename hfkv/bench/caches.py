@@ -24,6 +24,9 @@ LEAN = {
 }
 """Settings of LeanKVCache by name; `mixed` is the preset `balanced`: a tenth K8V4, the rest K4V2."""
 
+GRAPHS = {f"{name} graph": name for name in ("k8v4", "mixed")}
+"""The same settings under `hfkv.compile_decode`, by name."""
+
 QUANTIZED: dict[str, tuple[str, dict[str, Any], str]] = {
     "quantized quanto 4 bit": ("quanto", {"nbits": 4}, "optimum.quanto"),
     "quantized hqq 4 bit": ("hqq", {"nbits": 4}, "hqq"),
@@ -46,22 +49,22 @@ class Unavailable(Exception):
 
 def attention_of(name: str) -> str:
     """The attention implementation that a model runs under with a cache of this name."""
-    return "leankv" if name in LEAN else "sdpa"
+    return "leankv" if name in LEAN or name in GRAPHS else "sdpa"
 
 
 def new_cache(name: str, model_config: LlamaConfig | None = None, room: int = 0) -> Cache:
     """An empty cache.
 
     Args:
-        name: a key of `LEAN` or `QUANTIZED`, or one of transformers' caches.
+        name: a key of `LEAN`, `GRAPHS` or `QUANTIZED`, or one of transformers' caches.
         model_config: the model's config; the static and quantised ones need it.
         room: tokens that a static cache must hold.
 
     Raises:
         Unavailable: a package is missing.
     """
-    if name in LEAN:
-        return LeanKVCache(LEAN[name], model_config=model_config)
+    if name in LEAN or name in GRAPHS:
+        return LeanKVCache(LEAN[GRAPHS.get(name, name)], model_config=model_config)
     if name == DYNAMIC:
         return DynamicCache()
     assert model_config is not None

@@ -9,16 +9,17 @@ import torch
 from transformers import Cache
 
 from hfkv.bench import caches
-from hfkv.bench.caches import DYNAMIC, QUANTIZED, STATIC, STATIC_COMPILED
+from hfkv.bench.caches import DYNAMIC, GRAPHS, QUANTIZED, STATIC, STATIC_COMPILED
 from hfkv.bench.results import LARGEST, Cell
 from hfkv.bench.session import Session
 from hfkv.bench.sizes import Sizes
 from hfkv.bench.timing import free_memory, held_bytes, peak_above
+from hfkv.graphs.decode import compile_decode, decode_report, remove
 
 PART = "generate"
 LEAN_KINDS = ("k8v4", "mixed")
 WARM_UP = 4
-"""Tokens before the measured ones: a compiled step records its graph at its second call."""
+"""Tokens before the measured ones: a compiled step records its graph at its second call, or third."""
 
 PROBE = 2
 """Sequences from which the bytes of one more are estimated."""
@@ -36,7 +37,7 @@ def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
     for others in ((STATIC,), tuple(QUANTIZED)):
         points += [(name, at) for at in (largest, *single) for name in others]
     if device.type == "cuda":
-        points += [(STATIC_COMPILED, at) for at in single]
+        points += [(name, at) for at in single for name in (*GRAPHS, STATIC_COMPILED)]
     return [Cell(PART, name, model.heads, model.layers, *at) for name, at in points]
 
 
@@ -49,10 +50,23 @@ def measure(session: Session, cell: Cell) -> list[dict[str, Any]]:
 
 def _generate(session: Session, cell: Cell, batch: int) -> dict[str, Any]:
     """Fill a cache with random keys and values, then let `generate` go on from it."""
+    model = session.model(cell.layers, caches.attention_of(cell.cache))
+    if cell.cache not in GRAPHS:
+        return _timed(session, cell, batch, "compiled" if cell.cache == STATIC_COMPILED else "eager")
+    compile_decode(model)
+    try:
+        row = _timed(session, cell, batch, "graph")
+        report = decode_report(model)
+        return row if report.replayed else row | {"launch": "eager", "note": "; ".join(report.eager)}
+    finally:
+        remove(model)
+
+
+def _timed(session: Session, cell: Cell, batch: int, launch: str) -> dict[str, Any]:
     sizes, model = session.sizes, session.model(cell.layers, caches.attention_of(cell.cache))
     cache = caches.new_cache(cell.cache, model.config, cell.tokens + WARM_UP + sizes.new_tokens + 8)
     caches.fill(cache, cell.shape, cell.layers, batch, cell.tokens, session.like)
-    compiled = cell.cache == STATIC_COMPILED
+    compiled = launch == "compiled"
     _run(session, cell, cache, batch, cell.tokens, WARM_UP, compiled)
     times: list[float] = []
     seen = cell.tokens + WARM_UP
@@ -64,7 +78,7 @@ def _generate(session: Session, cell: Cell, batch: int) -> dict[str, Any]:
         "status": "ok",
         "sequences": batch,
         "ms": times[0] / sizes.new_tokens,
-        "launch": "compiled" if compiled else "eager",
+        "launch": launch,
         "tokens_per_second": 1000 * batch * sizes.new_tokens / times[0],
         "physical_bytes": caches.physical_bytes(cache),
         "exact_bytes": caches.exact_bytes(cell.shape, cell.layers, batch, seen + sizes.new_tokens, session.like),

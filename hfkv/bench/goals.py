@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hfkv.bench import decode, flush, generate, prompt
-from hfkv.bench.caches import DYNAMIC, LEAN
+from hfkv.bench.caches import DYNAMIC, GRAPHS, LEAN
 from hfkv.bench.results import LARGEST, OK, Row, number
 
 COPY_SHARE = 0.80
@@ -169,7 +169,7 @@ def _against_dynamic(text: str, rows: list[Row], factor: float) -> list[Goal]:
     exact = {r["tokens"]: r for r in rows if r["cache"] == DYNAMIC}
     goals = []
     for row in rows:
-        if row["cache"] not in LEAN or row["tokens"] not in exact:
+        if row["cache"] not in (*LEAN, *GRAPHS) or row["tokens"] not in exact:
             continue
         ratio = float(row["tokens_per_second"]) / float(exact[row["tokens"]]["tokens_per_second"])
         batches = f"batch {row['sequences']} against {exact[row['tokens']]['sequences']}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench import decode, flush, generate, goals, long, prompt
-from hfkv.bench.caches import DYNAMIC, LEAN, QUANTIZED, STATIC, STATIC_COMPILED
+from hfkv.bench.caches import DYNAMIC, GRAPHS, LEAN, QUANTIZED, STATIC, STATIC_COMPILED
 from hfkv.bench.results import LARGEST, OK, Row, number
 
 INK = {
@@ -15,6 +15,7 @@ INK = {
     "k4v4": "#2a9d8f",
     "k4v2": "#c8553d",
     "mixed": "#7b4ea3",
+    **dict(zip(GRAPHS, ("#5b9bdd", "#ab7fd0"), strict=True)),
     DYNAMIC: "#555555",
     STATIC: "#8a8a8a",
     STATIC_COMPILED: "#b5b5b5",

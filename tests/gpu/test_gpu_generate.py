@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import unittest
-
 import torch
-from gpu_support import VOCAB, on_device, random_ids, random_llama, relative_rms
+from gpu_support import VOCAB, on_cuda, on_device, random_ids, random_llama, relative_rms
 from transformers import DynamicCache
 
 import hfkv
@@ -78,10 +76,8 @@ def test_presets_stay_within_their_bound():
         assert 0 < relative_rms(got, want) < bound, f"{name}: {relative_rms(got, want):.3f}"
 
 
-@on_device
+@on_cuda
 def test_a_compiled_step_generates_the_same():
-    if not hasattr(hfkv, "compile_decode"):
-        raise unittest.SkipTest("this version has no hfkv.compile_decode yet")
     ids = random_ids(2, 700)
     want = generated(LeanKVCache(LeanKVConfig.preset("k8v4")), "leankv", ids, torch.ones_like(ids))
     model = random_llama(torch.float32, "leankv")

@@ -8,6 +8,7 @@ from torch import Tensor
 from hfkv.attend import Call, Past
 from hfkv.kernels.triton import decode_kernels as kernels
 from hfkv.kernels.triton.pages import pages_of
+from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, programs_on, row_entries, stages_of
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
@@ -45,7 +46,9 @@ def plan_step(
     return plan
 
 
-def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor | None = None) -> Tensor:
+def attend_step(
+    past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor | None = None, pages: Pages | None = None
+) -> Tensor:
     """Attention of the newest queries, whose tokens are in the window already; see `hfkv.attend.attend_step`.
 
     Nothing is allocated but the output, and nothing waits for the device.
@@ -54,6 +57,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         past: with `packed`, the layer that `plan` was made for.
         q: [batch, q_heads, queries, D], contiguous in D.
         out: [batch, q_heads, queries, Dv] contiguous, or None to make it.
+        pages: where the packed tokens lie; None: as the packed layer has it now.
 
     Raises:
         ValueError: q or the window does not fit the plan.
@@ -62,6 +66,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
     if packed is None:
         raise ValueError("this Past knows no packed layer: make it with LayerTokens.past()")
     _check(past, q, plan)
+    held = Pages.of(packed) if pages is None else pages
     batch, heads, queries, dim = q.shape
     value_dim = window.v.shape[3]
     if out is None:
@@ -82,9 +87,9 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
     )  # fmt: skip
     high, low = stages_of(full)
     kernels.decode_items[(plan.count * plan.tiles,)](
-        q, space.whole, split, space.terms, packed.table.ids, packed.table.lengths, packed.pool.chunk_addresses,
+        q, space.whole, split, space.terms, held.ids, held.lengths, held.addresses,
         plan.items, window.k, window.v, past.fill.counts, space.acc, space.stats,
-        call.scaling * LOG2E, softcap, packed.table.ids.shape[1], *counted, plan.capacity, *where,
+        call.scaling * LOG2E, softcap, held.ids.shape[1], *counted, plan.capacity, *where,
         HIGH=tiers[0], LOW=tiers[1] if len(tiers) == 2 else None, NH=COLUMNS, D=dim, DV=value_dim, WIDE=wide,
         WIDE_V=wide_v, CAPPED=call.softcap is not None, FULL=full, STAGES=high, STAGES_LOW=low, W=plan.warps,
         num_warps=4 * plan.warps if full else plan.warps, maxnreg=plan.registers,
