@@ -388,12 +388,11 @@ class LeanKVCache(LazyLinearLayers):
 
     def _check_room(self, held: Sequence[LayerTokens], batch: int) -> None:
         """Raise OutOfPages where `max_bytes` does not hold the exact parts of so many sequences; pages are shared."""
-        if self.config.max_bytes is None:
+        if self.config.max_bytes is None or not held or batch < held[0].fill.batch:
             return
         for device, pool in self._pools.items():
-            unpaged = self._unpaged_bytes(device)
-            wanted = unpaged * batch // held[0].fill.batch if held else 0
-            if wanted > unpaged and pool.physical_bytes + wanted > self.config.max_bytes:
+            wanted = self._unpaged_bytes(device) * batch // held[0].fill.batch + pool.owners_bytes
+            if pool.physical_bytes + wanted > self.config.max_bytes:
                 raise OutOfPages(
                     f"{batch} sequences take {wanted:,} bytes of recent windows and tables beside "
                     f"{pool.physical_bytes:,} of pages, but max_bytes is {self.config.max_bytes:,}: nothing was "

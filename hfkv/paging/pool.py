@@ -188,6 +188,12 @@ class PagePool:
                 self._fit_owners()
             self.owners.join(ids)
 
+    @property
+    def owners_bytes(self) -> int:
+        """What it will take to note owners once pages are shared; 0 where they are noted."""
+        slots = max((c.per_chunk for c in self._classes), default=0)
+        return 0 if self.owners is not None else 4 * len(self._owner) * slots
+
     def _fit_owners(self) -> None:
         if self.owners is not None:
             self.owners.fit(len(self._owner), max(c.per_chunk for c in self._classes))
