@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,10 @@ from hfkv.calibrate.options import Option, Sizes
 from hfkv.paging.pool import PagePool
 from hfkv.quant import PageLayout
 
-ATTEMPTS = 6
-"""Limits that the knapsack is given until the pages of its choice fit."""
+BISECTIONS = 8
+"""Limits that the knapsack is given until the pages of its choice fit as closely as they can."""
+
+POLISHINGS = 3
 
 
 @dataclass(frozen=True)
@@ -57,45 +59,69 @@ class Planner:
 
     def within_bytes(self, limit: float) -> Choice | None:
         """The choice with the least error whose pages take at most `limit` bytes; None where there is none."""
-        return self._fewer_layouts(lambda allowed: self._fitting(allowed, limit), lambda choice: choice.kl)
+
+        def fitting(frontier: Frontier, choice: Callable[[list[int]], Choice]) -> Iterator[Choice]:
+            """Bisect the limit of the sum, which a pool's chunks pass."""
+            low, high = float(frontier.least_bytes), max(limit, float(frontier.least_bytes))
+            own = high
+            for _ in range(BISECTIONS):
+                picked = frontier.within_bytes(int(own))
+                assert picked is not None
+                yield (found := choice(picked))
+                low, high = (own, high) if found.bytes <= limit else (low, own)
+                own = (low + high) / 2
+
+        found = self._fewer_layouts(fitting, lambda choice: (choice.bytes > limit, choice.kl))
+        return found if found is not None and found.bytes <= limit else None
 
     def within_error(self, limit: float) -> Choice | None:
         """The choice with the fewest bytes whose errors add up to at most `limit`; None where there is none."""
 
-        def cheapest(allowed: set[PageLayout]) -> Choice | None:
-            solver = self._solver(allowed)
-            return None if solver is None else solver.take(solver.frontier.within_error(limit))
+        def cheapest(frontier: Frontier, choice: Callable[[list[int]], Choice]) -> Iterator[Choice]:
+            picked = frontier.within_error(limit)
+            if picked is not None:
+                yield choice(picked)
 
-        return self._fewer_layouts(cheapest, lambda choice: choice.bytes)
+        return self._fewer_layouts(cheapest, lambda choice: (choice.kl > limit * (1 + 1e-9), choice.bytes))
 
     def _fewer_layouts(
-        self, solve: Callable[[set[PageLayout]], Choice | None], cost: Callable[[Choice], float]
+        self,
+        solve: Callable[[Frontier, Callable[[list[int]], Choice]], Iterator[Choice]],
+        cost: Callable[[Choice], tuple[bool, float]],
     ) -> Choice | None:
-        """Leave out one layout after another while the choice gets better."""
-        best = solve({layout for layouts in self._layouts.values() for option in layouts for layout in option})
-        while best is not None:
-            used = self._used(best)
-            fewer = [solve(used - {layout}) for layout in used] if len(used) > 1 else []
-            better = min((choice for choice in fewer if choice is not None), key=cost, default=None)
-            if better is None or cost(better) >= cost(best):
+        """Solve with all layouts, then leave out, one after another, the one that is missed least; the best of all."""
+
+        def best(allowed: set[PageLayout]) -> Choice | None:
+            solver = self._solver(allowed)
+            return None if solver is None else min(solve(*solver), key=cost, default=None)
+
+        found = now = best({layout for layouts in self._layouts.values() for option in layouts for layout in option})
+        used = self._used(now) if now is not None else set()
+        while now is not None and len(used) > 1:
+            fewer = {layout: choice for layout in used if (choice := best(used - {layout})) is not None}
+            if not fewer:
                 break
-            best = better
-        return best
+            without = min(fewer, key=lambda layout: cost(fewer[layout]))
+            now, used = fewer[without], used - {without}
+            found = now if found is None or cost(now) < cost(found) else found
+        return None if found is None else self._polished(found, cost)
 
-    def _fitting(self, allowed: set[PageLayout], limit: float) -> Choice | None:
-        """The least error whose pages fit: the knapsack's limit is moved by what a pool takes beyond the sum."""
-        solver, best, own = self._solver(allowed), None, limit
-        if solver is None:
-            return None
-        for _ in range(ATTEMPTS):
-            choice = solver.take(solver.frontier.within_bytes(max(int(own), solver.frontier.least_bytes)))
-            if choice is not None and choice.bytes <= limit and (best is None or choice.kl < best.kl):
-                best = choice
-            own += limit - choice.bytes if choice is not None else 0.0
-        return best
+    def _polished(self, found: Choice, cost: Callable[[Choice], tuple[bool, float]]) -> Choice:
+        """Change one layer at a time as long as that helps: the last bytes of chunks that the sum does not see."""
+        picked = {layer: self._options.index(option) for layer, option in found.options.items()}
+        for _ in range(POLISHINGS):
+            before = found
+            for layer in picked:
+                others = (self._choice({**picked, layer: i}) for i in range(len(self._options)))
+                found = min((found, *others), key=cost)
+                picked = {x: self._options.index(option) for x, option in found.options.items()}
+            if found is before:
+                break
+        return found
 
-    def _solver(self, allowed: set[PageLayout]) -> _Solver | None:
-        """The knapsack over the options whose layouts are allowed; None where a layer has none."""
+    def _solver(self, allowed: set[PageLayout]) -> tuple[Frontier, Callable[[list[int]], Choice]] | None:
+        """The knapsack over the options whose layouts are allowed, and the choice that its answer means; None where a
+        layer has no option left."""
         kept = {
             layer: [i for i, option in enumerate(layouts) if allowed.issuperset(option)]
             for layer, layouts in self._layouts.items()
@@ -107,7 +133,7 @@ class Planner:
         def choice(picked: list[int]) -> Choice:
             return self._choice({x: i[n] for (x, i), n in zip(kept.items(), picked, strict=True)})
 
-        return _Solver(Frontier(costs, errors), choice)
+        return Frontier(costs, errors), choice
 
     def _choice(self, picked: dict[int, int]) -> Choice:
         return Choice(
@@ -130,15 +156,6 @@ class Planner:
         chunk = _chunk_bytes(self._layouts[first][i], tuple(int(n.max()) for n in self._pages[first][i]))
         chunks = [-(-count // (chunk // layout.page_bytes)) for layout, count in pages.items()]
         return chunk * torch.stack(chunks).sum(0).double().mean().item()
-
-
-@dataclass(frozen=True)
-class _Solver:
-    frontier: Frontier
-    choice: Callable[[list[int]], Choice]
-
-    def take(self, picked: list[int] | None) -> Choice | None:
-        return None if picked is None else self.choice(picked)
 
 
 @functools.cache
