@@ -53,6 +53,10 @@ class Planner:
     def cheapest(self) -> Choice:
         return self._choice({layer: int(cost.argmin()) for layer, cost in self._costs.items()})
 
+    def uniform(self, option: Option) -> Choice:
+        """The same option for every layer."""
+        return self._choice(dict.fromkeys(self._costs, self._options.index(option)))
+
     def page_bytes(self, layer: int, option: Option) -> int:
         """Bytes of a layer's pages, the mean over prompts."""
         return int(self._costs[layer][self._options.index(option)])

@@ -34,6 +34,11 @@ from hfkv.report import Report
 REFINEMENTS = 2
 """Times that a missed target is aimed at anew with what the real cache did."""
 
+LIKELY = Option((4, 2), SHARES[0])
+"""What the bytes beside the pages (windows, tables) are first measured with."""
+
+Tried = tuple[Choice, Attempt]
+
 Progress = Callable[[str, int], Callable[[], object]]
 """`progress(what, steps)` begins a part of the work and returns what is called after every step."""
 
@@ -138,12 +143,12 @@ class _Search:
     def _choose(self, planner: Planner, target: Target) -> Calibration:
         """Solve, hold the real cache to it, and solve again with what it did where the target is missed."""
         solve = self._by_error(planner, target) if target.kl is not None else self._by_bytes(planner, target)
-        tried: list[tuple[Choice, Attempt]] = []
+        tried: list[Tried] = []
         while len(tried) <= REFINEMENTS:
-            choice = solve(tried[-1][1] if tried else None)
+            choice = solve(tried[-1] if tried else None)
             if any(choice.options == known.options for known, _ in tried):
                 break
-            tried.append((choice, self._verified(choice)))
+            tried.append((choice, self._verified(choice, self._recordings)))
             if tried[-1][1].is_close(target):
                 break
         choice, taken = min(tried, key=lambda pair: pair[1].rank(target))
@@ -151,49 +156,47 @@ class _Search:
         layers = [self._result(planner, layer, option) for layer, option in choice.options.items()]
         return Calibration(target, attempts, taken, layers, self._errors)
 
-    def _by_error(self, planner: Planner, target: Target) -> Callable[[Attempt | None], Choice]:
+    def _by_error(self, planner: Planner, target: Target) -> Callable[[Tried | None], Choice]:
         """The fewest bytes for a KL; the real cache's KL says what the sum of errors has to be aimed at."""
         assert target.kl is not None
         aim, limit = target.kl, target.kl
 
-        def solve(last: Attempt | None) -> Choice:
+        def solve(last: Tried | None) -> Choice:
             nonlocal aim
             if last is not None:
-                aim *= 0.95 * limit / last.kl
+                aim *= 0.95 * limit / last[1].kl
             choice = planner.within_error(aim)
             assert choice is not None, "exact layers have no error"
             return choice
 
         return solve
 
-    def _by_bytes(self, planner: Planner, target: Target) -> Callable[[Attempt | None], Choice]:
+    def _by_bytes(self, planner: Planner, target: Target) -> Callable[[Tried | None], Choice]:
         """The least error within bytes; the real cache says what lies beside the pages that the planner counts."""
-        cheapest = planner.cheapest()
-        held = filled(self._model, self._recordings[0].prompt, self._config(cheapest))
-        physical, exact = physical_bytes(held.report(), self._dtype, self._model.dtype)
-        tokens = len(self._recordings[0].prompt[0])
-        limit, beside = target.limit * (exact if target.ratio is not None else tokens), physical - cheapest.bytes
+        likely = planner.uniform(LIKELY)
+        first = self._verified(likely, self._recordings[:1])
+        limit, beside = target.limit * first.unit(target), first.physical_bytes - likely.bytes
 
-        def solve(last: Attempt | None) -> Choice:
+        def solve(last: Tried | None) -> Choice:
             nonlocal beside
             if last is not None:
-                beside += max(0.0, last.physical_bytes - target.limit * last.unit(target)) * 1.05
+                beside = max(beside, last[1].physical_bytes - last[0].bytes)
             choice = planner.within_bytes(limit - beside)
             if choice is None:
                 highest = planner.within_error(0.0)
                 assert highest is not None, "exact layers have no error"
-                ends = [(x + beside) / (limit / target.limit) for x in (cheapest.bytes, highest.bytes)]
-                raise ValueError(out_of_reach(target, ends, tokens, self._base.window + self._base.flush))
+                ends = [(x + beside) / first.unit(target) for x in (planner.cheapest().bytes, highest.bytes)]
+                raise ValueError(out_of_reach(target, ends, int(first.tokens), self._base.window + self._base.flush))
             return choice
 
         return solve
 
-    def _verified(self, choice: Choice) -> Attempt:
+    def _verified(self, choice: Choice, recordings: list[Recording]) -> Attempt:
         """Through the real cache: KL behind every prompt, and bytes."""
         config = self._config(choice)
-        step = self._progress("through the real cache", len(self._recordings))
+        step = self._progress("through the real cache", len(recordings))
         rows = []
-        for recording in self._recordings:
+        for recording in recordings:
             held = filled(self._model, recording.prompt, config)
             sizes = physical_bytes(held.report(), self._dtype, self._model.dtype)
             kl = divergence(recording.reference, behind(self._model, recording.prompt, held))
