@@ -11,6 +11,7 @@ Measurements are kept (`results/calibrated_smollm2.jsonl`).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -138,6 +139,7 @@ def main() -> None:
     settings = {"balanced": "balanced"}
     for path in args.config:
         config = LeanKVConfig.from_json(path)
+        config = dataclasses.replace(config, made_for=None)
         settings[path.stem] = name = f"calibrated {zlib.crc32(config.to_json().encode()):08x}"
         accuracy.SETTINGS[name] = lambda config=config: LeanKVCache(config)
     tokenizer, rows = smollm2.load()[1], Rows(KEPT)

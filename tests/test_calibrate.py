@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from test_demo import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
 from hfkv.calibrate import Target, calibrate, from_files, generated, recording
@@ -78,6 +78,20 @@ def test_a_measurement_is_what_the_real_cache_does(option, basis):
     sides = [option.coding(side, basis) for side in ("key", "value")]
     assert one.divergence(dict.fromkeys(one.layers, sides)) == pytest.approx(real, rel=0.01)
     assert real > 1e-6
+
+
+def test_only_layers_that_are_compressed_are_measured():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 4, "initializer_range": 0.05, "sliding_window": 40}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes)).eval()  # every other layer slides; softcap
+    one = Recording(model, prompt(), LeanKVConfig())
+    assert one.layers == [1, 3]
+    option = Option((4, 2), 0.03)
+    config = config_of(LeanKVConfig(), dict.fromkeys(one.layers, option), dict.fromkeys(one.layers, Basis()), None)
+    real = divergence(one.reference, behind(model, one.prompt, filled(model, one.prompt, config)))
+    sides = [option.coding(side, Basis()) for side in ("key", "value")]
+    assert one.divergence(dict.fromkeys(one.layers, sides)) == pytest.approx(real, rel=0.02)
+    assert calibrate(model, [prompt()], ratio=0.6).reached
 
 
 def test_layers_before_the_recoded_one_need_not_run(monkeypatch):

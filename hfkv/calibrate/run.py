@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", nargs="+", type=Path, metavar="FILE", help="texts to measure on (default: documentation text)"
     )
     parser.add_argument("--tokens", type=int, default=1000, help="longest prompt (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=4, help="prompts (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=2, help="prompts (default: %(default)s)")
     parser.add_argument("--config", metavar="JSON", help="LeanKVConfig whose window, flush and codec are kept")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="measured in (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("calibrated.json"), help="config (default: %(default)s)")
