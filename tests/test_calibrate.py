@@ -166,6 +166,13 @@ def test_every_option_is_measured_and_is_a_config():
             assert not coding.bits or coding in measured
 
 
+def test_what_a_base_config_chooses_gives_way():
+    base = LeanKVConfig(budget=0.3, window=32, flush=16, codec="minmax")
+    config = config_of(base, {0: Option((4, 3)), 1: Option((4, 2), 0.03)}, dict.fromkeys((0, 1), Basis()), None)
+    assert (config.budget, config.window, config.flush, config.codec) == (None, 32, 16, "minmax")
+    assert not config.for_layer(0).selects and config.for_layer(1).high_share == 0.03
+
+
 def test_another_basis_is_taken_where_it_is_clearly_better():
     errors = {
         Coding("key", 4, 0.0, True, False): 1.0,

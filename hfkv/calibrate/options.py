@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfkv.calibrate.coding import HIGH_BITS, SIDES, Coding
 from hfkv.calibrate.recording import Recording
-from hfkv.config import EXACT, LeanKVConfig, Tier
+from hfkv.config import CHOICE_FIELDS, EXACT, LeanKVConfig, Tier
 from hfkv.quant import Codec, PageLayout
 from hfkv.report import tier_name
 
@@ -21,12 +21,11 @@ KEY_BITS = (8, 4, 3)
 VALUE_BITS = (8, 4, 3, 2)
 SHARES = (0.03, 0.10)
 KEY_BASES = ((True, False), (True, True), (False, True))
-"""(rotated, mean subtracted) that are tried for keys. Neither of both was best in no layer of SmolLM2."""
+"""(rotated, mean subtracted) that are tried for keys; as they are, they were best in no layer of SmolLM2."""
 
 HIGH = (HIGH_BITS["key"], HIGH_BITS["value"])
 SMALL_PAGES = 6400
 """Up to this length the cache takes pages of 32 tokens for two tiers (`LeanKVCache.page_tokens`)."""
-
 
 CLEARLY = 0.8
 """A basis other than the default one must have at most this share of its error."""
@@ -166,15 +165,8 @@ def config_of(
     """The config that codes every layer of `chosen` as said; what most of them share is said once."""
     common = max(chosen.values(), key=list(chosen.values()).count)
     layers = {index: _override(option, bases[index]) for index, option in chosen.items()}
-    return dataclasses.replace(
-        base,
-        tiers=common.tiers,
-        high_share=common.share or None,
-        keep_share=None,
-        shift_keys=None,
-        layers=layers,
-        made_for=made_for,
-    )
+    fields: dict[str, Any] = {**dict.fromkeys(CHOICE_FIELDS), "high_share": common.share or None}
+    return dataclasses.replace(base, tiers=common.tiers, **fields, shift_keys=None, layers=layers, made_for=made_for)
 
 
 def _override(option: Option, basis: Basis) -> dict[str, Any]:
