@@ -95,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
 
 def table(result: Calibration) -> str:
     """How every layer is coded, then what the real cache did with every config that was tried."""
-    lines = ["", "layer  tiers                 keys            values   KL of keys  KL of values  bytes in pages"]
+    lines = ["", "layer  tiers                 keys              values    KL of keys  KL of values  bytes in pages"]
     for x in result.layers:
         key, value = (x.option.coding(side, x.basis) for side in SIDES)
         how = "rotated" if key.rotate else "plain"
         how += ", shifted" if key.shift else ""
         lines.append(
-            f"{x.index:5}  {x.option!s:<20}  {how:<16}{'rotated' if value.rotate else 'plain':<9}"
-            f"{x.key_kl:10.2e}  {x.value_kl:12.2e}  {x.page_bytes:14,.0f}"
+            f"{x.index:5}  {x.option!s:<20}  {how:<18}{'rotated' if value.rotate else 'plain':<8}"
+            f"{x.key_kl:12.2e}  {x.value_kl:12.2e}  {x.page_bytes:14,.0f}"
         )
     lines += ["", "                 predicted KL  measured KL   ratio  bytes per token"]
     for number, tried in enumerate(result.attempts):
