@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     _add_bench(commands)
     _add_inspect(commands)
+    _add_calibrate(commands)
     return parser
 
 
@@ -77,6 +78,24 @@ def _inspect(args: argparse.Namespace) -> int:
         return run.run(args)
     except (ImportError, OSError, OutOfPages, TypeError, ValueError) as error:
         print(f"hfkv inspect: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hfkv.calibrate.run import add_arguments
+
+    calibrate = commands.add_parser("calibrate", help="the config for a model and a target, found by measuring it")
+    calibrate.set_defaults(command=_calibrate)
+    add_arguments(calibrate)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from hfkv.calibrate import run
+
+    try:
+        return run.run(args)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hfkv calibrate: {error}", file=sys.stderr)
         return 2
 
 

@@ -55,6 +55,7 @@ class LeanKVConfig:
         codec: `"fitted"` (one-byte metadata, fitted 2- and 3-bit codes) or `"minmax"` (as published: fp16 metadata).
         page_tokens: tokens per page, 32 or 64; None: 32 where half-filled pages of 64 would waste over 1 %.
         max_bytes: upper limit of the physical bytes per device; `OutOfPages` is raised beyond it.
+        made_for: the model that a calibration made this config for, and how; a note, nothing depends on it.
         layers: overrides by layer index, `{3: {"tiers": [(8, 4), (4, 3)]}}`; fields: see `OVERRIDABLE`.
 
     Raises:
@@ -78,6 +79,7 @@ class LeanKVConfig:
     codec: str = "fitted"
     page_tokens: int | None = None
     max_bytes: int | None = None
+    made_for: str | None = None
     layers: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -241,6 +243,8 @@ class LeanKVConfig:
         for field in ("rotate_keys", "rotate_values"):
             if not isinstance(getattr(self, field), bool):
                 _fail(field, getattr(self, field), "True or False")
+        if not isinstance(self.made_for, str | None):
+            _fail("made_for", self.made_for, "a text, or None")
         if not isinstance(self.shift_keys, bool | None):
             _fail("shift_keys", self.shift_keys, "True, False, or None for: with two tiers")
 

@@ -1,0 +1,179 @@
+"""What a layer may be coded as, what that costs in bytes, and the config that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfkv.calibrate.coding import HIGH_BITS, SIDES, Coding
+from hfkv.calibrate.recording import Recording
+from hfkv.config import CHOICE_FIELDS, EXACT, LeanKVConfig, Tier
+from hfkv.quant import Codec, PageLayout
+from hfkv.report import tier_name
+
+KEY_BITS = (8, 4, 3)
+VALUE_BITS = (8, 4, 3, 2)
+SHARES = (0.03, 0.10)
+KEY_BASES = ((True, False), (True, True), (False, True))
+"""(rotated, mean subtracted) that are tried for keys; as they are, they were best in no layer of SmolLM2."""
+
+HIGH = (HIGH_BITS["key"], HIGH_BITS["value"])
+SMALL_PAGES = 6400
+"""Up to this length the cache takes pages of 32 tokens for two tiers (`LeanKVCache.page_tokens`)."""
+
+CLEARLY = 0.8
+"""A basis other than the default one must have at most this share of its error."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Under what a layer's vectors are coded below 8-bit keys.
+
+    Attributes:
+        one, two: (rotated, mean subtracted) of its keys with one tier and with two.
+        rotate_values: whether its values are rotated.
+    """
+
+    one: tuple[bool, bool] = (True, False)
+    two: tuple[bool, bool] = (True, True)
+    rotate_values: bool = True
+
+    def coding(self, side: str, bits: int, share: float) -> Coding:
+        if side == "value":
+            return Coding(side, bits, share, self.rotate_values)
+        rotate, shift = (True, False) if bits == 8 else self.two if share else self.one
+        return Coding(side, bits, share, rotate, shift)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to code a layer: its only tier, or the low one under a high tier of `HIGH` with a share of the tokens."""
+
+    tier: Tier
+    share: float = 0.0
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return (HIGH, self.tier) if self.share else (self.tier,)
+
+    def bits(self, side: str) -> int:
+        """Bits of the low or only tier; 0 is the model's dtype."""
+        return 0 if self.tier == EXACT else int(self.tier[SIDES.index(side)])
+
+    def coding(self, side: str, basis: Basis) -> Coding:
+        """How this option codes a side; a low tier as fine as the high one is like one tier."""
+        bits = self.bits(side)
+        return basis.coding(side, bits, self.share if bits < HIGH_BITS[side] else 0.0)
+
+    def layouts(self, sizes: Sizes) -> list[PageLayout]:
+        codecs = [[Codec.of(t, side, sizes.dims[side], sizes.dtype, sizes.codec) for side in SIDES] for t in self.tiers]
+        return [PageLayout(key, value, sizes.page_tokens, bool(self.share)) for key, value in codecs]
+
+    def pages(self, sizes: Sizes) -> list[Tensor]:
+        """Pages of a layer, int64 [prompts] per tier."""
+        high = sizes.high[self.share]  # [prompts, heads] tokens in the high tier
+        counts = [high, sizes.tokens[:, None] - high] if self.share else [sizes.tokens[:, None].expand_as(high)]
+        return [(-(-count // sizes.page_tokens)).sum(1) for count in counts]
+
+    def page_bytes(self, sizes: Sizes) -> float:
+        """Bytes of a layer's pages, the mean over the prompts."""
+        pairs = zip(self.pages(sizes), self.layouts(sizes), strict=True)
+        return sum(pages.double().mean().item() * layout.page_bytes for pages, layout in pairs)
+
+    def __str__(self) -> str:
+        low = tier_name(self.tier)
+        return f"{tier_name(HIGH)} {self.share:.0%}, {low}" if self.share else low
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layer's bytes depend on.
+
+    Attributes:
+        dims: head dimension by side.
+        tokens: int64 [prompts], packed tokens per head.
+        high: int64 [prompts, heads] tokens of the high tier, by share.
+        dtype: the dtype that exact vectors have.
+    """
+
+    dims: dict[str, int]
+    tokens: Tensor
+    high: dict[float, Tensor]
+    page_tokens: int
+    dtype: torch.dtype
+    codec: str
+
+    @classmethod
+    def of(cls, recordings: list[Recording], layer: int, shares: Iterable[float], dtype: torch.dtype) -> Sizes:
+        config, packed = recordings[0].config, [recording.packed(layer, "key") for recording in recordings]
+        value = recordings[0].packed(layer, "value")
+        longest = max(len(recording.prompt[0]) for recording in recordings)
+        high = {0.0: torch.zeros(len(packed), packed[0].shape[0], dtype=torch.long)}
+        for share in shares:
+            high[share] = torch.stack([recording.high(layer, share).sum(1).cpu() for recording in recordings])
+        return cls(
+            {"key": packed[0].shape[2], "value": value.shape[2]},
+            torch.tensor([x.shape[1] for x in packed]),
+            high,
+            config.page_tokens or (32 if longest < SMALL_PAGES else 64),
+            dtype,
+            config.codec,
+        )
+
+
+def all_options(shares: Iterable[float] = SHARES) -> list[Option]:
+    """Every way to code a layer, one tier and two."""
+    one = [Option(EXACT), *(Option(tier) for tier in itertools.product(KEY_BITS, VALUE_BITS))]
+    low = [(k, v) for k, v in itertools.product(KEY_BITS, VALUE_BITS) if v <= HIGH[1] and (k, v) != HIGH]
+    return one + [Option(tier, share) for share in shares for tier in low]
+
+
+def codings(options: Iterable[Option], basis: Basis) -> list[Coding]:
+    """What has to be measured to know the error of every option, each coding once."""
+    needed = dict.fromkeys(option.coding(side, basis) for side in SIDES for option in options)
+    return [coding for coding in needed if coding.bits]
+
+
+def basis_codings(share: float) -> list[Coding]:
+    """What has to be measured to choose a `Basis`."""
+    keys = [Coding("key", 4, high, rotate, shift) for high in (0.0, share) for rotate, shift in KEY_BASES]
+    return keys + [Coding("value", 2, share, rotate) for rotate in (True, False)]
+
+
+def best_basis(errors: Mapping[Coding, float], share: float) -> Basis:
+    """The basis with the least error; the default one unless another is clearly better."""
+
+    def best(default: Coding) -> Coding:
+        alike = [c for c in errors if (c.side, c.bits, c.share) == (default.side, default.bits, default.share)]
+        winner = min(alike, key=errors.__getitem__)
+        return winner if errors[winner] < CLEARLY * errors[default] else default
+
+    sides = (("key", 4, 0.0), ("key", 4, share), ("value", 2, share))
+    one, two, value = (best(Basis().coding(*side)) for side in sides)
+    return Basis((one.rotate, one.shift), (two.rotate, two.shift), value.rotate)
+
+
+def config_of(
+    base: LeanKVConfig, chosen: dict[int, Option], bases: dict[int, Basis], made_for: str | None
+) -> LeanKVConfig:
+    """The config that codes every layer of `chosen` as said; what most of them share is said once."""
+    common = max(chosen.values(), key=list(chosen.values()).count)
+    layers = {index: _override(option, bases[index]) for index, option in chosen.items()}
+    fields: dict[str, Any] = {**dict.fromkeys(CHOICE_FIELDS), "high_share": common.share or None}
+    return dataclasses.replace(base, tiers=common.tiers, **fields, shift_keys=None, layers=layers, made_for=made_for)
+
+
+def _override(option: Option, basis: Basis) -> dict[str, Any]:
+    over: dict[str, Any] = {"tiers": option.tiers}
+    if option.share:
+        over["high_share"] = option.share
+    if option.tier == EXACT:
+        return over | {"rotate_keys": False, "rotate_values": False, "shift_keys": False}
+    key, value = (option.coding(side, basis) for side in SIDES)
+    return over | {"rotate_keys": key.rotate, "rotate_values": value.rotate, "shift_keys": key.shift}
