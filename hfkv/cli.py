@@ -1,4 +1,4 @@
-"""The command line: `python -m hfkv demo`, `python -m hfkv bench`."""
+"""The command line: `python -m hfkv demo`, `bench`, `eval`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo-output", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     _add_bench(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -58,6 +59,29 @@ def _bench(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"hfkv bench: {error}", file=sys.stderr)
         return 2
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hfkv.eval.options import add_arguments
+
+    evaluation = commands.add_parser("eval", help="accuracy against physical bytes beside the peers, on your own model")
+    evaluation.set_defaults(command=_eval)
+    add_arguments(evaluation)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    try:
+        from hfkv.eval import run  # here and not above: it needs packages that hfkv itself does not
+    except ModuleNotFoundError as error:
+        print(f"hfkv eval: {error}. Install what it needs with: pip install 'hfkv[eval]'", file=sys.stderr)
+        return 2
+    try:
+        made = run.prepare(args)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hfkv eval: {error}", file=sys.stderr)
+        return 2
+    run.run(made)
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,22 @@
+"""A filled cache serves any number of questions, each on a copy."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
+
+from hfkv.eval.kivi import KIVILayer
+
+
+def fork(cache: Cache) -> Cache:
+    """An independent copy; layers that replace their tensors and never write into them share these."""
+    if not all(type(layer) in (DynamicLayer, KIVILayer) or isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        return copy.deepcopy(cache)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in other.layers:
+        if isinstance(layer, KIVILayer):
+            layer.coded = dict(layer.coded)
+    return other

@@ -1,0 +1,200 @@
+"""From kept results to rows: one per task, length and method; the CSV, the tables, and who is above whom."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfkv.bench.tables import aligned
+from hfkv.eval.methods import EXACT, OURS, Method
+from hfkv.eval.study import Cell, Study
+from hfkv.eval.tasks import TASKS, TEXT
+from hfkv.version import __version__
+
+COLUMNS = (
+    "model",
+    "dtype",
+    "task",
+    "asked",
+    "tokens",
+    "method",
+    "family",
+    "share",
+    "score",
+    "score_all",
+    "exact_score",
+    "counted",
+    "steps",
+    "questions",
+    "samples",
+    "kl",
+    "top1",
+    "perplexity",
+    "exact_perplexity",
+    "diverges",
+    "seed",
+    "hfkv",
+)
+
+BEST_SHARE, LEAST_SHARE = 0.5, 0.125
+"""Shares of the bytes between which curves are held against each other: 2x to 8x."""
+
+Row = dict[str, Any]
+
+
+def rows_of(study: Study, tasks: list[str], lengths: list[int], samples: int, methods: list[Method]) -> Iterator[Row]:
+    """A row per task, length and method, over the prompts that all the methods measured there have finished."""
+    for task in tasks:
+        for tokens in lengths:
+            found = {
+                method: {
+                    sample: result
+                    for sample in range(samples)
+                    if (result := study.result(Cell(task, tokens, sample, method))) is not None
+                }
+                for method in methods
+            }
+            found = {method: results for method, results in found.items() if results}
+            exact = next((results for method, results in found.items() if method.name == EXACT), {})
+            common = sorted(set(exact).intersection(*found.values())) if found else []
+            for method, results in found.items():
+                key = study.key(Cell(task, tokens, 0, method))
+                if common:
+                    yield _row(key, method, [results[i] for i in common], [exact[i] for i in common])
+
+
+def _row(key: dict[str, Any], method: Method, results: list[Row], exact: list[Row]) -> Row:
+    task = key["task"]
+    asked = "" if task == TEXT else "before" if TASKS[task].aware else "after"
+    row = {name: key[name] for name in ("model", "dtype", "task", "tokens", "method", "seed")}
+    row |= {"asked": asked, "family": method.family, "samples": len(results), "share": _share(results)}
+    row |= _fidelity(results, exact) if task == TEXT else _scores(results, exact)
+    return row | {"hfkv": __version__}
+
+
+def _share(results: list[Row]) -> float:
+    measured = [result for result in results if "physical" in result]
+    exact = sum(result["exact"] for result in measured)
+    return sum(result["physical"] for result in measured) / exact if exact else math.nan
+
+
+def _scores(results: list[Row], exact: list[Row]) -> Row:
+    """Steps count only as far as the exact cache gets; `score_all` and `exact_score` are over all that were asked."""
+    right = [n for result in results for n in result["right"]]
+    steps = [n for result in results for n in result["steps"]]
+    reached = [n for result in exact for n in result["right"]]
+    counted = sum(reached)
+    together = sum(min(own, most) for own, most in zip(right, reached, strict=True))
+    return {
+        "score": together / counted if counted else math.nan,
+        "score_all": sum(right) / sum(steps),
+        "exact_score": counted / sum(steps),
+        "counted": counted,
+        "steps": sum(steps),
+        "questions": len(steps),
+    }
+
+
+def _fidelity(results: list[Row], exact: list[Row]) -> Row:
+    tokens = sum(result["tokens"] for result in results)
+
+    def mean(name: str, of: list[Row]) -> float:
+        return sum(result[name] * result["tokens"] for result in of) / tokens
+
+    return {
+        "steps": tokens,
+        "kl": mean("kl", results),
+        "top1": mean("top1", results),
+        "perplexity": math.exp(mean("nll", results)),
+        "exact_perplexity": math.exp(mean("nll", exact)),
+        "diverges": sum(result["diverges"] for result in results) / len(results),
+    }
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """The whole table, in one go."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
+    os.replace(temporary, path)
+
+
+def show(rows: list[Row]) -> str:
+    """A table per task and length, each under its title."""
+    parts = []
+    for task, tokens in dict.fromkeys((row["task"], row["tokens"]) for row in rows):
+        own = sorted((r for r in rows if (r["task"], r["tokens"]) == (task, tokens)), key=lambda r: -r["share"])
+        head = f"{task}, {tokens} tokens: {TASKS[task].title}; {own[0]['samples']} prompts"
+        if task == TEXT:
+            header = ["method", "of exact", "smaller", "KL", "top-1", "perplexity", "exact", "diverges after"]
+            columns = ("kl", "top1", "perplexity", "exact_perplexity", "diverges")
+            forms = ("{:.4f}", "{:.1%}", "{:.3f}", "{:.3f}", "{:.1f}")
+        else:
+            header = ["method", "of exact", "smaller", "score", "of all", "exact of all", "counted"]
+            columns, forms = ("score", "score_all", "exact_score"), ("{:.1%}",) * 3
+        lines = []
+        for row in own:
+            cells = [row["method"], f"{row['share']:.3f}", f"{1 / row['share']:.2f}x"]
+            cells += [form.format(row[name]) for name, form in zip(columns, forms, strict=True)]
+            lines.append(cells if task == TEXT else [*cells, f"{row['counted']}/{row['steps']}"])
+        parts.append(f"{head}\n{aligned(header, lines)}")
+    return "\n\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A peer's point, and the best of ours that takes no more bytes (None: none of ours is that small)."""
+
+    peer: Row
+    ours: Row | None
+
+    @property
+    def reached(self) -> bool:
+        return self.ours is not None and quality(self.ours) >= quality(self.peer)
+
+
+def quality(row: Row) -> float:
+    """What is better the larger it is: the score, or the negative KL."""
+    value = -row["kl"] if row["task"] == TEXT else row["score"]
+    return -math.inf if math.isnan(value) else value
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Every peer's point from 2x to 8x, against the best of ours at no more bytes."""
+    found = []
+    for peer in rows:
+        if peer["family"] in OURS or not LEAST_SHARE <= peer["share"] <= BEST_SHARE:
+            continue
+        same = (r for r in rows if (r["task"], r["tokens"]) == (peer["task"], peer["tokens"]))
+        ours = [r for r in same if r["family"] in OURS and r["share"] <= peer["share"]]
+        found.append(Verdict(peer, max(ours, key=quality, default=None)))
+    return found
+
+
+def show_verdicts(found: list[Verdict]) -> str:
+    """How many points of the peers are reached, and those that are not."""
+    above = sum(verdict.reached for verdict in found)
+    lines = [f"At no more bytes, 2x to 8x, ours is on or above {above} of {len(found)} points of the peers."]
+    for verdict in (v for v in found if not v.reached):
+        peer, ours = verdict.peer, verdict.ours
+        held = "none of ours is that small" if ours is None else f"{ours['method']} {_point(ours)}"
+        lines.append(f"  below: {peer['task']}, {peer['tokens']} tokens, {peer['method']} {_point(peer)}; {held}")
+    return "\n".join(lines)
+
+
+def _point(row: Row) -> str:
+    value = f"KL {row['kl']:.4f}" if row["task"] == TEXT else f"{row['score']:.1%}"
+    return f"{value} at {row['share']:.3f}"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.5g}"
+    return str(value)
