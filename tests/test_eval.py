@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import math
@@ -121,7 +120,7 @@ def test_a_prompt_without_room_says_what_to_change():
 
 def greedy(model, filled, lead, count):
     with torch.no_grad():
-        out = copy.deepcopy(filled)
+        out = fork(filled)
         said, given = [], lead
         for _ in range(count):
             said.append(int(model(torch.tensor([given]), past_key_values=out).logits[0, -1].argmax()))
@@ -140,6 +139,26 @@ def test_right_steps_are_what_greedy_decoding_says(count):
         wrong = [[token if i != slip else (token + 1) % 256] for i, token in enumerate(said)]
         assert score.right_steps(model, filled, score.Asked([1, 2, 3], wrong)) == slip / count
     assert filled.get_seq_length() == 300
+
+
+@pytest.mark.parametrize("name", [EXACT, "balanced", "k4v2", "kivi-2", "snapkv-0.5", "quanto-4"])
+def test_questions_asked_together_are_answered_as_one_by_one(name, monkeypatch):
+    if METHODS[name].missing:
+        pytest.skip(f"{METHODS[name].missing} is not installed")
+    model = tiny_model()
+    filled = fill(model, random_ids(400), METHODS[name].new_cache(model.config))
+    asked = []
+    for i, length in enumerate((3, 12, 7, 20, 2, 5)):
+        lead = random_ids(length, seed=10 + i)
+        said = greedy(model, fork(filled), lead, (1, 4, 20, 6, 2, 16)[i])
+        said[len(said) // 2] = (said[len(said) // 2] + i % 2) % 256  # every other one slips
+        asked.append(score.Asked(lead, [[token] for token in said]))
+    alone = [score.right_steps(model, filled, question) for question in asked]
+    assert 0 < sum(share == 1.0 for share in alone) < 6
+    assert score.answers(model, filled, asked) == alone
+    monkeypatch.setattr(score, "TOGETHER_BYTES", 3 * methods.physical_bytes(filled))
+    assert score.answers(model, filled, asked) == alone
+    assert filled.get_seq_length() == 400
 
 
 def test_a_step_counts_when_all_of_it_is_right():
@@ -184,7 +203,7 @@ def test_a_replayed_prompt_is_a_prefilled_one(name):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "paper"])
+@pytest.mark.parametrize("preset", ["k8v4", "balanced"])
 def test_a_question_behind_a_recorded_prompt_is_one_prompt(preset):
     model, ids, config = tiny_model(), random_ids(300), LeanKVConfig.preset(preset)
     before = record.record(model, ids[:280], 64)
@@ -408,7 +427,7 @@ def test_verdicts_compare_at_no_more_bytes():
     "options, message",
     [
         (["--samples", "0"], "--samples 0"),
-        (["--lengths", "0"], "--lengths 0"),
+        (["--lengths", "0", "1000"], "--lengths 0"),
         (["--lengths", "999999"], "--lengths 999999"),
         (["--config", "{"], "not JSON"),
         (["--config", '{"tiers": [[9, 9]]}'], "tiers"),

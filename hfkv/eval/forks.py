@@ -20,3 +20,12 @@ def fork(cache: Cache) -> Cache:
         if isinstance(layer, KIVILayer):
             layer.coded = dict(layer.coded)
     return other
+
+
+def repeated(cache: Cache, times: int) -> Cache | None:
+    """A copy that holds the one sequence `times` times; None where transformers cannot repeat a layer."""
+    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        return None
+    other = fork(cache)
+    other.batch_repeat_interleave(times)
+    return other

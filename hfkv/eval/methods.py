@@ -76,8 +76,8 @@ def _kivi(bits: int) -> Method:
     return Method(f"kivi-{bits}", "KIVI", partial(KIVICache, bits))
 
 
-def _tiers(*tiers: tuple[int, int], **choice: Any) -> LeanKVConfig:
-    return LeanKVConfig(tiers=tiers, **choice)
+def _tiers(*tiers: tuple[int, int], **changes: Any) -> LeanKVConfig:
+    return LeanKVConfig(tiers=tiers, **changes)
 
 
 METHODS = {
@@ -92,6 +92,9 @@ METHODS = {
         _lean("k4v2", KEPT, _tiers((4, 2))),
         _lean("k8v4-k3v2-5%", KEPT, _tiers((8, 4), (3, 2), high_share=0.05)),
         _lean("k8v4-k2v2-5%", KEPT, _tiers((8, 4), (2, 2), high_share=0.05)),
+        _lean("balanced-w16", KEPT, LeanKVConfig.preset("balanced", window=16, flush=16)),
+        _lean("k4v4-w16", KEPT, _tiers((4, 4), window=16, flush=16)),
+        _lean("k4v2-w16", KEPT, _tiers((4, 2), window=16, flush=16)),
         _lean("aggressive", PRUNED, LeanKVConfig.preset("aggressive")),
         *(_lean(f"budget-{share:g}", PRUNED, LeanKVConfig(budget=share)) for share in (0.2, 0.15, 0.125)),
         _lean("paper", PAPER, LeanKVConfig.preset("paper")),

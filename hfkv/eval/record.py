@@ -22,6 +22,9 @@ from hfkv.eval.forks import fork
 RECORDED = "leankv_recorded"
 """The attention implementation that a model runs under while its prompt is recorded."""
 
+BYTE_QUERIES = 128
+"""Queries that score tokens where only bytes are asked for: they hardly depend on who is kept."""
+
 
 @dataclass
 class Call:
@@ -122,6 +125,7 @@ def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: to
         handles = cache.update(k, v, index)
         if isinstance(cache, LeanKVCache):
             config = cache.config.for_layer(index)
-            queries = call.queries[:, :, -(config.observe if config.selects else 1) :].to(k.dtype)
+            most = 1 if not config.selects else config.observe if dtype is None else min(config.observe, BYTE_QUERIES)
+            queries = call.queries[:, :, -most:].to(k.dtype)
             leankv_attention(call.module, queries, *handles, None, **call.options)
     return cache

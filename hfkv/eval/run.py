@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> Eval:
     """Check what was asked for and load the model; ValueError, OSError or ImportError say what the user can change."""
     tasks = list(args.tasks or (QUICK_TASKS if args.quick else TASKS))
     lengths = args.lengths or ([600] if args.quick else [1000, 4000])
-    samples = args.samples or (2 if args.quick else 8)
+    samples = args.samples if args.samples is not None else 2 if args.quick else 8
     for option, values in (("--lengths", lengths), ("--samples", [samples])):
         if min(values) < 1:
             raise ValueError(f"{option} {min(values)}: must be at least 1")

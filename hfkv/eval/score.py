@@ -10,9 +10,15 @@ from transformers import Cache, PreTrainedModel
 
 from hfkv.demo.measures import agreement, equal_tokens
 from hfkv.eval.forks import fork as forked
+from hfkv.eval.forks import repeated
+from hfkv.eval.methods import physical_bytes
 
 BLOCK = 16
 """Expected tokens that are checked in one forward: fewer than a flush takes, so that the cache ages as in decoding."""
+
+
+TOGETHER_BYTES = 2 << 30
+"""Bytes of a cache that may be repeated to ask several questions at once."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,38 @@ class Asked:
 
 
 @torch.no_grad()
+def answers(model: PreTrainedModel, cache: Cache, questions: list[Asked]) -> list[float]:
+    """`right_steps` of each question, many short ones in one forward."""
+    most = max(1, TOGETHER_BYTES // max(physical_bytes(cache), 1))
+    short = [i for i, asked in enumerate(questions) if sum(map(len, asked.steps)) <= BLOCK]
+    right: dict[int, float] = {}
+    for first in range(0, len(short), most):
+        group = short[first : first + most]
+        repeats = repeated(cache, len(group)) if len(group) > 1 else None
+        if repeats is not None:
+            right |= zip(group, _together(model, repeats, [questions[i] for i in group]), strict=True)
+    return [right[i] if i in right else right_steps(model, cache, asked) for i, asked in enumerate(questions)]
+
+
+def _together(model: PreTrainedModel, cache: Cache, questions: list[Asked]) -> list[float]:
+    """`right_steps` of questions of one block each, of which `cache` holds a copy of the prompt for every one.
+
+    What is short gets tokens behind it, which causal attention keeps from what comes before.
+    """
+    expected = [[token for step in asked.steps for token in step] for asked in questions]
+    given = [asked.lead + own[:-1] for asked, own in zip(questions, expected, strict=True)]
+    width = max(map(len, given))
+    ids = torch.tensor([own + own[-1:] * (width - len(own)) for own in given], device=model.device)
+    keep = width - min(len(asked.lead) for asked in questions) + 1
+    said = model(ids, past_key_values=cache, logits_to_keep=keep).logits.argmax(-1).tolist()
+    shares = []
+    for asked, own, row in zip(questions, expected, said, strict=True):
+        first = len(asked.lead) - 1 - (width - len(row))
+        shares.append(_finished(asked.steps, equal_tokens(row[first:], own)) / len(asked.steps))
+    return shares
+
+
+@torch.no_grad()
 def right_steps(model: PreTrainedModel, cache: Cache, asked: Asked) -> float:
     """Share of the steps before greedy decoding first differs from them, in [0, 1]; `cache` is left as it was.
 
@@ -39,7 +77,7 @@ def right_steps(model: PreTrainedModel, cache: Cache, asked: Asked) -> float:
     expected = [token for step in asked.steps for token in step]
     given, right = asked.lead + expected[: BLOCK - 1], 0
     while right < len(expected):
-        said = _greedy(model, fork, given)[-(len(given) if right else len(given) - len(asked.lead) + 1) :]
+        said = _greedy(model, fork, given, len(given) if right else len(given) - len(asked.lead) + 1)
         equal = equal_tokens(said, expected[right:])
         right += equal
         if equal < len(said):
@@ -48,9 +86,10 @@ def right_steps(model: PreTrainedModel, cache: Cache, asked: Asked) -> float:
     return _finished(asked.steps, right) / len(asked.steps)
 
 
-def _greedy(model: PreTrainedModel, cache: Cache, ids: list[int]) -> list[int]:
-    logits = model(torch.tensor([ids], device=model.device), past_key_values=cache).logits[0]
-    return logits.argmax(-1).tolist()
+def _greedy(model: PreTrainedModel, cache: Cache, ids: list[int], last: int = 1) -> list[int]:
+    """What greedy decoding says behind the `last` of the tokens given."""
+    logits = model(torch.tensor([ids], device=model.device), past_key_values=cache, logits_to_keep=last).logits[0]
+    return logits[-last:].argmax(-1).tolist()
 
 
 def _finished(steps: list[list[int]], tokens: int) -> int:

@@ -17,14 +17,14 @@ from hfkv.eval import tasks
 from hfkv.eval.methods import EXACT, Method, bytes_dtype, physical_bytes
 from hfkv.eval.record import Recording, filled, follow, record
 from hfkv.eval.rows import Key, Rows
-from hfkv.eval.score import Asked, Reference, fidelity, reference, right_steps
+from hfkv.eval.score import Asked, Reference, answers, fidelity, reference, right_steps
 from hfkv.eval.tasks import TASKS, TEXT, Making, Prompt
 
 GENERATED = 64
 """Greedy tokens of the exact cache that the task `text` compares the first divergence on."""
 
-BYTE_SAMPLES = 2
-"""Prompts of a task and length on which bytes are measured."""
+BYTE_SAMPLES = 1
+"""Prompts of a task and length on which bytes are measured: where they depend on the text at all, they do little."""
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,13 @@ class Study:
             base = self._recording(cell, prompt)
             if aware and not before:
                 before.extend(follow(self._model, base, ids) for ids, _ in asked)
-            cache = None if aware else self._filled(base, method)
-            right = []
-            for number, (ids, answer) in enumerate(asked):
-                if aware:
-                    share = right_steps(self._model, self._filled(before[number], method), answer)
-                else:
-                    assert cache is not None
-                    share = right_steps(self._model, cache, Asked(ids + answer.lead, answer.steps))
-                right.append(round(share * len(answer.steps)))
+            if aware:
+                caches = (self._filled(recording, method) for recording in before)
+                shares = [right_steps(self._model, c, answer) for c, (_, answer) in zip(caches, asked, strict=True)]
+            else:
+                behind = [Asked(ids + answer.lead, answer.steps) for ids, answer in asked]
+                shares = answers(self._model, self._filled(base, method), behind)
+            right = [round(share * len(answer.steps)) for share, (_, answer) in zip(shares, asked, strict=True)]
             return {"right": right, "steps": [len(answer.steps) for _, answer in asked]}
 
         return measure
