@@ -1,4 +1,4 @@
-"""The command line: `python -m hfkv demo`, `bench`, `eval`."""
+"""The command line: `python -m hfkv demo`, `bench`, `eval`, `lm-eval`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import sys
 
 from hfkv.config import PRESETS
 
+LM_EVAL = "lm-eval"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2: the user can mend it, and the message says how)."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == [LM_EVAL]:  # its options are lm_eval's own
+        return _lm_eval(given[1:])
+    args = _parser().parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
@@ -40,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     _add_bench(commands)
     _add_eval(commands)
+    _add_lm_eval(commands)
     return parser
 
 
@@ -81,6 +86,24 @@ def _eval(args: argparse.Namespace) -> int:
         print(f"hfkv eval: {error}", file=sys.stderr)
         return 2
     run.run(made)
+    return 0
+
+
+def _add_lm_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser(LM_EVAL, help="lm_eval with the model hfkv; its options follow", add_help=False)
+
+
+def _lm_eval(options: list[str]) -> int:
+    try:
+        from hfkv.eval import harness
+    except ModuleNotFoundError as error:
+        print(f"hfkv {LM_EVAL}: {error}. Install it with: pip install 'hfkv[eval]'", file=sys.stderr)
+        return 2
+    try:
+        harness.main(options)
+    except ValueError as error:
+        print(f"hfkv {LM_EVAL}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -289,6 +289,9 @@ def test_forks_are_independent():
             again = model(torch.tensor([[1, 2]]), past_key_values=fork(filled)).logits
         assert torch.equal(first, again), name
         assert filled.get_seq_length() == 400
+        empty = METHODS[name].new_cache(model.config)
+        fill(model, ids[:50], fork(empty))
+        assert empty.get_seq_length() == 0
 
 
 def test_quantized_caches_are_counted_in_the_model_s_dtype():

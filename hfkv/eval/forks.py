@@ -7,12 +7,14 @@ import copy
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
+from hfkv.cache import LeanKVCache
 from hfkv.eval.kivi import KIVILayer
 
 
 def fork(cache: Cache) -> Cache:
     """An independent copy; layers that replace their tensors and never write into them share these."""
-    if not all(type(layer) in (DynamicLayer, KIVILayer) or isinstance(layer, QuantizedLayer) for layer in cache.layers):
+    shares = (type(layer) in (DynamicLayer, KIVILayer) or isinstance(layer, QuantizedLayer) for layer in cache.layers)
+    if isinstance(cache, LeanKVCache) or not all(shares):
         return copy.deepcopy(cache)
     other = copy.copy(cache)
     other.layers = [copy.copy(layer) for layer in cache.layers]

@@ -117,8 +117,13 @@ def own_methods(sources: list[str]) -> list[Method]:
     for number, source in enumerate(sources, 1):
         config = LeanKVConfig.from_json(source)
         name = f"config {number}" if source.lstrip().startswith("{") else source
-        made.append(_lean(name, OWN, config, json.dumps(json.loads(config.to_json()))))
+        made.append(config_method(name, config))
     return made
+
+
+def config_method(name: str, config: LeanKVConfig) -> Method:
+    """A config as a method of that name."""
+    return _lean(name, OWN, config, json.dumps(json.loads(config.to_json())))
 
 
 def bytes_dtype(model_dtype: torch.dtype) -> torch.dtype:
