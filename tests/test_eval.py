@@ -390,6 +390,13 @@ def test_half_measured_prompts_do_not_count(tmp_path):
     assert {row["samples"] for row in table_of(tmp_path)} == {"1"}
 
 
+def test_a_method_measured_on_few_prompts_does_not_cost_the_others_theirs(tmp_path):
+    run.run(evaluation(tmp_path, names=(EXACT, "k4v2"), task=("needle",), samples=3))
+    run.run(evaluation(tmp_path, task=("needle",), samples=1))
+    run.run(evaluation(tmp_path, names=(EXACT, "k4v2", "kivi-4"), task=("needle",), samples=3, budget=-1.0))
+    assert {row["method"]: row["samples"] for row in table_of(tmp_path)} == {EXACT: "3", "k4v2": "3", "kivi-4": "1"}
+
+
 def table_of(path):
     with (path / "accuracy.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -409,6 +416,15 @@ def test_steps_count_as_far_as_the_exact_cache_gets():
 def point(method, family, share, value, task="needle"):
     fields = {"kl": value} if task == "text" else {"score": value}
     return {"task": task, "tokens": 1000, "method": method, "family": family, "share": share, **fields}
+
+
+def test_a_frontier_leaves_out_what_fewer_bytes_reach():
+    rows = [
+        point(str(i), "KIVI", share, value) for i, (share, value) in enumerate([(0.4, 0.9), (0.3, 0.9), (0.2, 0.5)])
+    ]
+    assert [row["share"] for row in table.frontier([*rows, point("x", "KIVI", 0.25, 0.4)])] == [0.2, 0.3]
+    text = [point("a", "KIVI", 0.4, 0.01, "text"), point("b", "KIVI", 0.3, 0.2, "text")]
+    assert len(table.frontier(text)) == 2
 
 
 def test_verdicts_compare_at_no_more_bytes():
@@ -448,12 +464,12 @@ def test_mistakes_are_one_message_and_status_2(options, message, capsys, monkeyp
 
 def test_missing_packages_are_named_and_left_out(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(smollm2, "load", lambda *_, **__: (tiny_model(), byte_tokenizer()))
-    monkeypatch.setitem(METHODS, "hqq-4", methods.Method("hqq-4", "x", lambda _: None, "no_such_package"))
+    monkeypatch.setitem(METHODS, "hqq-4", methods.Method("hqq-4", "KIVI", lambda _: None, "no_such_package"))
     made = ["--methods", "hqq-4", "k4v2", "--tasks", "needle", "--lengths", "700", "--samples", "1"]
     own = ["--config", '{"tiers": [[4, 4]]}', "--out", str(tmp_path)]
     assert cli.main(["eval", *made, *own]) == 0
     out = capsys.readouterr().out
-    assert "hqq-4 is left out: package no_such_package is not installed" in out
+    assert "hqq-4 is left out: no_such_package is not installed" in out
     assert [row["method"] for row in table_of(tmp_path)] == [EXACT, "k4v2", "config 1"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from transformers import Cache
+from transformers import Cache, QuantizedCache
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 
 from hfkv.cache import LeanKVCache
@@ -26,7 +26,7 @@ def fork(cache: Cache) -> Cache:
 
 def repeated(cache: Cache, times: int) -> Cache | None:
     """A copy that holds the one sequence `times` times; None where transformers cannot repeat a layer."""
-    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+    if isinstance(cache, QuantizedCache):
         return None
     other = fork(cache)
     other.batch_repeat_interleave(times)

@@ -75,9 +75,10 @@ class KIVICache(DynamicCache):
     @property
     def physical_bytes(self) -> int:
         """Bytes of all layers."""
-        exact = (x for layer in self.layers if not isinstance(layer, KIVILayer) for x in (layer.keys, layer.values))
-        plain = sum(x.nbytes for x in exact if isinstance(x, Tensor))
-        return plain + sum(layer.physical_bytes for layer in self.layers if isinstance(layer, KIVILayer))
+        layers: list[Any] = self.layers
+        exact = [x for layer in layers if not isinstance(layer, KIVILayer) for x in (layer.keys, layer.values)]
+        coded = sum(layer.physical_bytes for layer in layers if isinstance(layer, KIVILayer))
+        return coded + sum(x.nbytes for x in exact if isinstance(x, Tensor))
 
 
 def per_channel(x: Tensor, bits: int, group: int) -> Tensor:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache
 
 from hfkv.bench import caches
@@ -31,7 +32,7 @@ class Method:
         name: as `--methods` and the CSV call it.
         family: the curve that it is on.
         new_cache: an empty cache for a model of this config.
-        package: what must be installed.
+        missing: the package that it needs and that is not installed, or None.
         setting: what else tells it apart, for measurements that are kept.
         observe: last queries of a prompt that it looks at.
     """
@@ -39,15 +40,9 @@ class Method:
     name: str
     family: str
     new_cache: Callable[[PretrainedConfig], Cache]
-    package: str = "torch"
+    missing: str | None = None
     setting: str = ""
     observe: int = 1
-
-    @property
-    def missing(self) -> str | None:
-        """The package that is not installed, or None."""
-        parts = (self.package.split(".")[0], self.package)
-        return self.package if any(importlib.util.find_spec(part) is None for part in parts) else None
 
 
 def physical_bytes(cache: Cache) -> int:
@@ -65,11 +60,17 @@ def _evicting(policy: SnapKV | H2O) -> Method:
     return _lean(f"{family.lower()}-{policy.share:g}", family, config_of(policy), repr(policy))
 
 
-def _quantized(backend: str, bits: int, package: str) -> Method:
-    def new_cache(config: PretrainedConfig) -> Cache:
-        return QuantizedCache(backend, config, nbits=bits)
+def _quantized(backend: str, package: str, **options: Any) -> Method:
+    parts = (package.split(".")[0], package)
+    missing = package if any(importlib.util.find_spec(part) is None for part in parts) else None
+    if backend == "fp8" and not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        missing = "transformers with QuantizedCache('fp8')"
+    name = f"{backend}-{options['nbits']}" if options else backend
 
-    return Method(f"{backend}-{bits}", f"QuantizedCache, {backend}", new_cache, package)
+    def new_cache(config: PretrainedConfig) -> Cache:
+        return QuantizedCache(backend, config, **options)
+
+    return Method(name, f"QuantizedCache, {backend}", new_cache, missing)
 
 
 def _kivi(bits: int) -> Method:
@@ -91,6 +92,7 @@ METHODS = {
         _lean("k8v4-k4v2-3%", KEPT, _tiers((8, 4), (4, 2), high_share=0.03)),
         _lean("k4v2", KEPT, _tiers((4, 2))),
         _lean("k8v4-k3v2-5%", KEPT, _tiers((8, 4), (3, 2), high_share=0.05)),
+        _lean("k3v2-w16", KEPT, _tiers((3, 2), window=16, flush=16)),
         _lean("k8v4-k2v2-5%", KEPT, _tiers((8, 4), (2, 2), high_share=0.05)),
         _lean("balanced-w16", KEPT, LeanKVConfig.preset("balanced", window=16, flush=16)),
         _lean("k4v4-w16", KEPT, _tiers((4, 4), window=16, flush=16)),
@@ -99,8 +101,9 @@ METHODS = {
         *(_lean(f"budget-{share:g}", PRUNED, LeanKVConfig(budget=share)) for share in (0.2, 0.15, 0.125)),
         _lean("paper", PAPER, LeanKVConfig.preset("paper")),
         *(_kivi(bits) for bits in (4, 2)),
-        *(_quantized("quanto", bits, "optimum.quanto") for bits in (4, 2)),
-        *(_quantized("hqq", bits, "hqq") for bits in (4, 2)),
+        _quantized("fp8", "torch"),
+        *(_quantized("quanto", "optimum.quanto", nbits=bits) for bits in (4, 2)),
+        *(_quantized("hqq", "hqq", nbits=bits) for bits in (4, 2)),
         *(_evicting(SnapKV(share)) for share in (0.5, 0.35, 0.25, 0.18, 0.125)),
         *(_evicting(H2O(share)) for share in (0.5, 0.35, 0.25, 0.18, 0.125)),
     )

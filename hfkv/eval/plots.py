@@ -1,4 +1,7 @@
-"""One Pareto plot per task: share of physical bytes on x, score on y, one curve per family of methods."""
+"""One Pareto plot per task: share of physical bytes on x, score on y, one curve per family of methods.
+
+A curve joins a family's best points; those that another one of the family beats with no more bytes are hollow.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from hfkv.eval.methods import EXACT, KEPT, OWN, PAPER, PRUNED
-from hfkv.eval.table import Row, quality
+from hfkv.eval.methods import EXACT, KEPT, OURS, OWN, PAPER, PRUNED
+from hfkv.eval.table import Row, frontier, quality
 from hfkv.eval.tasks import TASKS, TEXT
 
 INK = {
@@ -18,6 +21,7 @@ INK = {
     "KIVI": "#d9a441",
     "QuantizedCache, quanto": "#8f6a1f",
     "QuantizedCache, hqq": "#b06fa8",
+    "QuantizedCache, fp8": "#555555",
     "SnapKV": "#6b8e23",
     "H2O": "#888888",
 }
@@ -37,13 +41,20 @@ def draw(rows: list[Row], task: str, folder: Path, stem: str) -> list[Path]:
     lengths = sorted({row["tokens"] for row in own})
     if not lengths:
         return []
-    figure = Figure(figsize=(5.2 * len(lengths) + 0.4, 4.6), layout="constrained")
+    figure = Figure(figsize=(1.6 + 5.4 * len(lengths), 5.0), layout="constrained")
     panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     for panel, tokens in zip(panels, lengths, strict=True):
         _panel(panel, [row for row in own if row["tokens"] == tokens], task)
     panels[0].set_ylabel("KL from the exact cache, nats (up is better)" if task == TEXT else "score")
     handles = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=3 * len(lengths),
+        fontsize=8,
+        frameon=False,
+    )
     figure.suptitle(f"{Path(own[0]['model']).name}: {TASKS[task].title}", fontsize=11)
     paths = [folder / f"{stem}_{task}{suffix}" for suffix in (".png", ".svg")]
     for path in paths:
@@ -52,17 +63,24 @@ def draw(rows: list[Row], task: str, folder: Path, stem: str) -> list[Path]:
 
 
 def _panel(panel: Any, rows: list[Row], task: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
     column = "kl" if task == TEXT else "score"
     for family in (name for name in INK if any(row["family"] == name for row in rows)):
-        points = sorted((row["share"], row[column], row["method"]) for row in rows if row["family"] == family)
-        ours = family in (KEPT, PRUNED, OWN)
-        x, y, _ = zip(*points, strict=True)
-        panel.plot(x, y, color=INK[family], marker="o" if ours else "s", ms=5, lw=2 if ours else 1.2, label=family)
-        for at in points if ours else ():
-            panel.annotate(at[2], at[:2], textcoords="offset points", xytext=(3, -9), fontsize=6, color=INK[family])
+        own = [row for row in rows if row["family"] == family]
+        curve, ours = frontier(own), family in OURS
+        style = {"color": INK[family], "marker": "o" if ours else "s", "ms": 5}
+        panel.plot([r["share"] for r in own], [r[column] for r in own], **style, ls="", mfc="white")
+        xy = [r["share"] for r in curve], [r[column] for r in curve]
+        panel.plot(*xy, **style, lw=2 if ours else 1.2, label=family)
+        for number, row in enumerate(curve if ours else ()):
+            place = {"xytext": (2, -9 if number % 2 else 5), "textcoords": "offset points"}
+            panel.annotate(row["method"], (row["share"], row[column]), **place, fontsize=6, color=INK[family])
     if task == TEXT:
         panel.set_yscale("log")
         panel.invert_yaxis()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
     else:
         panel.set_ylim(-0.03, 1.05)
         panel.axhline(1, color="#bbbbbb", lw=0.8)

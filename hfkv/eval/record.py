@@ -119,8 +119,8 @@ def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: to
         if dtype is not None and dtype != model.dtype:
             raise ValueError(f"prompts of {type(model).__name__} cannot be replayed in {dtype}: load it in {dtype}")
         return fill(model, recording.ids, cache)
-    for index, (layer, call) in enumerate(zip(recording.cache.layers, recording.calls, strict=True)):
-        assert layer.keys is not None and layer.values is not None
+    layers: list[Any] = recording.cache.layers
+    for index, (layer, call) in enumerate(zip(layers, recording.calls, strict=True)):
         k, v = (x.to(dtype or x.dtype).clone() for x in (layer.keys, layer.values))
         handles = cache.update(k, v, index)
         if isinstance(cache, LeanKVCache):

@@ -150,7 +150,7 @@ def _methods(args: argparse.Namespace) -> list[Method]:
     found = []
     for method in [*chosen, *own]:
         if method.missing:
-            print(f"{method.name} is left out: package {method.missing} is not installed")
+            print(f"{method.name} is left out: {method.missing} is not installed")
         else:
             found.append(method)
     return found

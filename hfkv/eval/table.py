@@ -48,7 +48,10 @@ Row = dict[str, Any]
 
 
 def rows_of(study: Study, tasks: list[str], lengths: list[int], samples: int, methods: list[Method]) -> Iterator[Row]:
-    """A row per task, length and method, over the prompts that all the methods measured there have finished."""
+    """A row per task, length and method, over the prompts that all the methods measured there have finished.
+
+    A method with less than half of the most prompts does not count for that and stands on its own, as `samples` says.
+    """
     for task in tasks:
         for tokens in lengths:
             found = {
@@ -59,13 +62,14 @@ def rows_of(study: Study, tasks: list[str], lengths: list[int], samples: int, me
                 }
                 for method in methods
             }
-            found = {method: results for method, results in found.items() if results}
             exact = next((results for method, results in found.items() if method.name == EXACT), {})
-            common = sorted(set(exact).intersection(*found.values())) if found else []
+            most = max(map(len, found.values()))
+            common = set(exact).intersection(*(results for results in found.values() if 2 * len(results) >= most))
             for method, results in found.items():
-                key = study.key(Cell(task, tokens, 0, method))
-                if common:
-                    yield _row(key, method, [results[i] for i in common], [exact[i] for i in common])
+                own = sorted(common if 2 * len(results) >= most else common & set(results))
+                if own:
+                    key = study.key(Cell(task, tokens, 0, method))
+                    yield _row(key, method, [results[i] for i in own], [exact[i] for i in own])
 
 
 def _row(key: dict[str, Any], method: Method, results: list[Row], exact: list[Row]) -> Row:
@@ -131,21 +135,27 @@ def show(rows: list[Row]) -> str:
     parts = []
     for task, tokens in dict.fromkeys((row["task"], row["tokens"]) for row in rows):
         own = sorted((r for r in rows if (r["task"], r["tokens"]) == (task, tokens)), key=lambda r: -r["share"])
+        columns = _TEXT_COLUMNS if task == TEXT else _COLUMNS
+        lines = [[form.format(**row, smaller=1 / row["share"]) for form in columns.values()] for row in own]
         head = f"{task}, {tokens} tokens: {TASKS[task].title}; {own[0]['samples']} prompts"
-        if task == TEXT:
-            header = ["method", "of exact", "smaller", "KL", "top-1", "perplexity", "exact", "diverges after"]
-            columns = ("kl", "top1", "perplexity", "exact_perplexity", "diverges")
-            forms = ("{:.4f}", "{:.1%}", "{:.3f}", "{:.3f}", "{:.1f}")
-        else:
-            header = ["method", "of exact", "smaller", "score", "of all", "exact of all", "counted"]
-            columns, forms = ("score", "score_all", "exact_score"), ("{:.1%}",) * 3
-        lines = []
-        for row in own:
-            cells = [row["method"], f"{row['share']:.3f}", f"{1 / row['share']:.2f}x"]
-            cells += [form.format(row[name]) for name, form in zip(columns, forms, strict=True)]
-            lines.append(cells if task == TEXT else [*cells, f"{row['counted']}/{row['steps']}"])
-        parts.append(f"{head}\n{aligned(header, lines)}")
+        parts.append(f"{head}\n{aligned(list(columns), lines)}")
     return "\n\n".join(parts)
+
+
+_PLACE = {"method": "{method}", "of exact": "{share:.3f}", "smaller": "{smaller:.2f}x"}
+_COLUMNS = _PLACE | {
+    "score": "{score:.1%}",
+    "of all": "{score_all:.1%}",
+    "exact of all": "{exact_score:.1%}",
+    "counted": "{counted}/{steps}",
+}
+_TEXT_COLUMNS = _PLACE | {
+    "KL": "{kl:.4f}",
+    "top-1": "{top1:.1%}",
+    "perplexity": "{perplexity:.3f}",
+    "exact": "{exact_perplexity:.3f}",
+    "diverges after": "{diverges:.1f}",
+}
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,16 @@ def quality(row: Row) -> float:
     """What is better the larger it is: the score, or the negative KL."""
     value = -row["kl"] if row["task"] == TEXT else row["score"]
     return -math.inf if math.isnan(value) else value
+
+
+def frontier(rows: list[Row]) -> list[Row]:
+    """The points that no other one reaches with fewer bytes, by share: the curve of a family."""
+    best, found = -math.inf, []
+    for row in sorted(rows, key=lambda r: (r["share"], -quality(r))):
+        if quality(row) > best:
+            best = quality(row)
+            found.append(row)
+    return found
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
