@@ -473,6 +473,14 @@ def test_missing_packages_are_named_and_left_out(capsys, monkeypatch, tmp_path):
     assert [row["method"] for row in table_of(tmp_path)] == [EXACT, "k4v2", "config 1"]
 
 
+def test_quick_is_a_run_of_its_own(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "load", lambda *_, **__: (tiny_model(), byte_tokenizer()))
+    assert cli.main(["eval", "--quick", "--samples", "1", "--lengths", "700", "--out", str(tmp_path)]) == 0
+    rows = table_of(tmp_path)
+    assert {row["task"] for row in rows} == set(run.QUICK_TASKS)
+    assert {row["method"] for row in rows} == {name for name in run.QUICK_METHODS if not METHODS[name].missing}
+
+
 def test_own_configs_are_kept_apart():
     one, two = methods.own_methods(['{"tiers": [[4, 4]]}', '{"tiers": [[4, 2]]}'])
     assert (one.name, two.name) == ("config 1", "config 2") and one.setting != two.setting

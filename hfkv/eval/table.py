@@ -137,7 +137,7 @@ def show(rows: list[Row]) -> str:
         own = sorted((r for r in rows if (r["task"], r["tokens"]) == (task, tokens)), key=lambda r: -r["share"])
         columns = _TEXT_COLUMNS if task == TEXT else _COLUMNS
         lines = [[form.format(**row, smaller=1 / row["share"]) for form in columns.values()] for row in own]
-        head = f"{task}, {tokens} tokens: {TASKS[task].title}; {own[0]['samples']} prompts"
+        head = f"{task}, {tokens} tokens: {TASKS[task].title}"
         parts.append(f"{head}\n{aligned(list(columns), lines)}")
     return "\n\n".join(parts)
 
@@ -148,6 +148,7 @@ _COLUMNS = _PLACE | {
     "of all": "{score_all:.1%}",
     "exact of all": "{exact_score:.1%}",
     "counted": "{counted}/{steps}",
+    "prompts": "{samples}",
 }
 _TEXT_COLUMNS = _PLACE | {
     "KL": "{kl:.4f}",
@@ -155,6 +156,7 @@ _TEXT_COLUMNS = _PLACE | {
     "perplexity": "{perplexity:.3f}",
     "exact": "{exact_perplexity:.3f}",
     "diverges after": "{diverges:.1f}",
+    "prompts": "{samples}",
 }
 
 
