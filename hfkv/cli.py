@@ -85,8 +85,7 @@ def _eval(args: argparse.Namespace) -> int:
     except (ImportError, OSError, ValueError) as error:
         print(f"hfkv eval: {error}", file=sys.stderr)
         return 2
-    run.run(made)
-    return 0
+    return run.run(made)
 
 
 def _add_lm_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -342,7 +342,7 @@ def evaluation(tmp_path, names=(EXACT, "balanced", "kivi-4"), task=("needle", "r
         seed=1,
         out=tmp_path,
         budget=None,
-        fresh=False,
+        kept=Rows(tmp_path / run.KEPT),
     )
     return run.Eval(**{**fields, **changes})
 
@@ -380,6 +380,29 @@ def test_a_run_that_stops_goes_on(tmp_path, capsys):
     both = (tmp_path / "accuracy.jsonl").read_text()
     assert both.startswith(first) and len(both.splitlines()) == 2 * len(first.splitlines()) == 18
     assert table_of(tmp_path)[0]["samples"] == "2"
+
+
+def broken(error):
+    def raises(_):
+        raise error
+
+    return methods.Method("broken", "KIVI", raises)
+
+
+def test_a_method_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
+    made = evaluation(tmp_path, task=("needle",), samples=1)
+    made.methods.insert(1, broken(RuntimeError("no kernel\nfor this")))
+    assert run.run(made) == 1
+    assert "failed: broken, needle, 900 tokens, prompt 1: RuntimeError: no kernel" in capsys.readouterr().out
+    assert [row["method"] for row in table_of(tmp_path)] == [EXACT, "balanced", "kivi-4"]
+
+
+def test_an_interrupted_run_shows_what_it_has(tmp_path, capsys):
+    made = evaluation(tmp_path, task=("needle",), samples=1)
+    made.methods.append(broken(KeyboardInterrupt()))
+    assert run.run(made) == 0
+    assert "Interrupted; the same command goes on from here." in capsys.readouterr().out
+    assert len(table_of(tmp_path)) == 3
 
 
 def test_half_measured_prompts_do_not_count(tmp_path):
@@ -448,6 +471,8 @@ def test_verdicts_compare_at_no_more_bytes():
         (["--samples", "0"], "--samples 0"),
         (["--lengths", "0", "1000"], "--lengths 0"),
         (["--lengths", "999999"], "--lengths 999999"),
+        (["--tasks", "needle", "--lengths", "800", "--samples", "99999"], "--samples"),
+        (["--tasks", "copy", "--lengths", "200"], "--lengths 200"),
         (["--config", "{"], "not JSON"),
         (["--config", '{"tiers": [[9, 9]]}'], "tiers"),
         (["--config", "no-such-file.json"], "no-such-file.json"),
@@ -460,6 +485,15 @@ def test_mistakes_are_one_message_and_status_2(options, message, capsys, monkeyp
     assert cli.main(["eval", "--out", str(tmp_path), *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith("hfkv eval: ") and message in err and "Traceback" not in err
+
+
+def test_a_file_of_results_that_cannot_be_read_is_told(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "load", lambda *_, **__: (tiny_model(), byte_tokenizer()))
+    (tmp_path / run.KEPT).write_text("not json\n")
+    options = ["--tasks", "needle", "--lengths", "700", "--samples", "1", "--methods", "k4v2", "--out", str(tmp_path)]
+    assert cli.main(["eval", *options]) == 2
+    assert "line 1" in capsys.readouterr().err
+    assert cli.main(["eval", *options, "--fresh"]) == 0
 
 
 def test_missing_packages_are_named_and_left_out(capsys, monkeypatch, tmp_path):

@@ -18,10 +18,11 @@ from hfkv.eval.methods import EXACT, METHODS, Method, own_methods
 from hfkv.eval.options import DTYPES
 from hfkv.eval.rows import Rows
 from hfkv.eval.study import OutOfTime, Study, order
-from hfkv.eval.tasks import TASKS
+from hfkv.eval.tasks import TASKS, Making
 
 STEM = "accuracy"
-"""Names of the files: `accuracy.csv`, `accuracy.jsonl` (what is finished), `accuracy_prompts.jsonl`, plots."""
+CSV, KEPT, PROMPTS = f"{STEM}.csv", f"{STEM}.jsonl", f"{STEM}_prompts.jsonl"
+"""The table; every finished cell; the prompts. Beside them lie the plots."""
 
 QUICK_TASKS = ("needle", "recall", "copy", "text")
 QUICK_METHODS = (
@@ -54,7 +55,7 @@ class Eval:
     seed: int
     out: Path
     budget: float | None
-    fresh: bool
+    kept: Rows
 
 
 def prepare(args: argparse.Namespace) -> Eval:
@@ -78,7 +79,14 @@ def prepare(args: argparse.Namespace) -> Eval:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and max(lengths) + ROOM > limit:
         raise ValueError(f"--lengths {max(lengths)}: with questions at most {limit - ROOM} fit this model's {limit}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        for tokens in lengths:  # whether there is room and text enough, before hours of measuring
+            TASKS[task].make(Making(tokenizer, tokens, args.seed, samples - 1))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.fresh:
+        for name in (KEPT, PROMPTS):
+            (out / name).unlink(missing_ok=True)
     return Eval(
         model,
         tokenizer,
@@ -88,33 +96,36 @@ def prepare(args: argparse.Namespace) -> Eval:
         sorted(set(lengths)),
         samples,
         args.seed,
-        Path(args.out),
+        out,
         args.budget_seconds,
-        args.fresh,
+        Rows(out / KEPT),
     )
 
 
-def run(made: Eval) -> None:
-    """Measure what is not measured yet, as far as the budget goes; then write and print everything that is known."""
+def run(made: Eval) -> int:
+    """Measure what is not measured yet, as far as the budget goes; then write and print all that is known.
+
+    Returns:
+        1 where a method failed, else 0.
+    """
     start = time.monotonic()
-    kept, prompts = made.out / f"{STEM}.jsonl", made.out / f"{STEM}_prompts.jsonl"
-    if made.fresh:
-        kept.unlink(missing_ok=True)
-        prompts.unlink(missing_ok=True)
     deadline = None if made.budget is None else start + made.budget
     observed = max(method.observe for method in made.methods)
-    study = Study(made.model, made.tokenizer, made.name, made.seed, Rows(kept), prompts, observed, deadline)
+    prompts = made.out / PROMPTS
+    study = Study(made.model, made.tokenizer, made.name, made.seed, made.kept, prompts, observed, deadline)
     print(f"{made.name}, {made.model.dtype}, {made.model.device}: {len(made.tasks)} tasks, {len(made.methods)} methods")
     stopped = measure(study, made)
-    rows = list(table.rows_of(study, made.tasks, made.lengths, made.samples, made.methods))
-    report(rows, made)
+    report(list(table.rows_of(study, made.tasks, made.lengths, made.samples, made.methods)), made)
+    for cell, said in study.failed.items():
+        print(f"failed: {cell.method.name}, {cell.task}, {cell.tokens} tokens, prompt {cell.sample + 1}: {said}")
     if stopped:
-        print("The budget is used up; the same command goes on from here.")
+        print(f"{stopped}; the same command goes on from here.")
     print(f"{time.monotonic() - start:.0f} seconds in all.")
+    return 1 if study.failed else 0
 
 
-def measure(study: Study, made: Eval) -> bool:
-    """All cells, with a progress bar -> whether the budget ended it."""
+def measure(study: Study, made: Eval) -> str | None:
+    """All cells, with a progress bar -> what ended it early, or None."""
     places = list(order(made.tasks, made.lengths, made.samples))
     with tqdm(total=len(places) * len(made.methods), unit="cell", smoothing=0.05) as bar:
         for task, tokens, sample in places:
@@ -122,8 +133,10 @@ def measure(study: Study, made: Eval) -> bool:
             try:
                 study.measure(task, tokens, sample, made.methods, bar.update)
             except OutOfTime:
-                return True
-    return False
+                return "The budget is used up"
+            except KeyboardInterrupt:
+                return "Interrupted"
+    return None
 
 
 def report(rows: list[table.Row], made: Eval) -> None:
@@ -131,7 +144,7 @@ def report(rows: list[table.Row], made: Eval) -> None:
     if not rows:
         print("Nothing is finished yet.")
         return
-    path = made.out / f"{STEM}.csv"
+    path = made.out / CSV
     table.write_csv(path, rows)
     print(f"\n{table.show(rows)}\n\n{table.show_verdicts(table.verdicts(rows))}\n\nall rows: {path}")
     if not plots.available():

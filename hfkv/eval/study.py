@@ -50,6 +50,9 @@ class Study:
         prompts: a JSON-lines file that gets every prompt as text, with its questions.
         observed: last queries of a prompt that the methods look at, at most.
         deadline: `time.monotonic()` at which measuring stops, or None.
+
+    Attributes:
+        failed: cells that raised, and what.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Study:
     ) -> None:
         self._model, self._tokenizer, self._name, self._seed = model, tokenizer, name, seed
         self._rows, self._prompts, self._observed, self._deadline = rows, prompts, observed, deadline
+        self.failed: dict[Cell, str] = {}
         self._saved = _saved(prompts)
         self._recorded: tuple[Any, Recording] | None = None
 
@@ -103,10 +107,14 @@ class Study:
         for cell in waiting:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 raise OutOfTime
-            result = measure(cell.method)
-            if sample < BYTE_SAMPLES:
-                result |= self._bytes(cell, prompt)
-            self._rows.add(self.key(cell), result)
+            try:
+                result = measure(cell.method) | (self._bytes(cell, prompt) if sample < BYTE_SAMPLES else {})
+            except Exception as error:  # told at the end, and tried again by the next run; the others go on
+                if cell.method.name == EXACT:
+                    raise
+                self.failed[cell] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            else:
+                self._rows.add(self.key(cell), result)
             done()
 
     # ---- one prompt --------------------------------------------------------------------------------------------------
