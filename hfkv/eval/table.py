@@ -50,7 +50,7 @@ Row = dict[str, Any]
 def rows_of(study: Study, tasks: list[str], lengths: list[int], samples: int, methods: list[Method]) -> Iterator[Row]:
     """A row per task, length and method, over the prompts that all the methods measured there have finished.
 
-    A method with less than half of the most prompts does not count for that and stands on its own, as `samples` says.
+    A method with at most half of the most prompts does not count for that and stands on its own, as `samples` says.
     """
     for task in tasks:
         for tokens in lengths:
@@ -64,9 +64,9 @@ def rows_of(study: Study, tasks: list[str], lengths: list[int], samples: int, me
             }
             exact = next((results for method, results in found.items() if method.name == EXACT), {})
             most = max(map(len, found.values()))
-            common = set(exact).intersection(*(results for results in found.values() if 2 * len(results) >= most))
+            common = set(exact).intersection(*(results for results in found.values() if 2 * len(results) > most))
             for method, results in found.items():
-                own = sorted(common if 2 * len(results) >= most else common & set(results))
+                own = sorted(common & set(results))
                 if own:
                     key = study.key(Cell(task, tokens, 0, method))
                     yield _row(key, method, [results[i] for i in own], [exact[i] for i in own])
