@@ -405,12 +405,12 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path, capsys):
     assert len(table_of(tmp_path)) == 3
 
 
-def test_half_measured_prompts_do_not_count(tmp_path):
+def test_half_measured_prompts_count_for_those_that_finished_them(tmp_path):
     run.run(evaluation(tmp_path, task=("needle",)))
     lines = (tmp_path / "accuracy.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "accuracy.jsonl").write_text("".join(lines[:-1]))
     run.run(evaluation(tmp_path, task=("needle",), budget=-1.0))
-    assert {row["samples"] for row in table_of(tmp_path)} == {"1"}
+    assert {row["method"]: row["samples"] for row in table_of(tmp_path)} == {EXACT: "2", "balanced": "2", "kivi-4": "1"}
 
 
 def test_a_method_measured_on_few_prompts_does_not_cost_the_others_theirs(tmp_path):
@@ -438,7 +438,8 @@ def test_steps_count_as_far_as_the_exact_cache_gets():
 
 def point(method, family, share, value, task="needle"):
     fields = {"kl": value} if task == "text" else {"score": value}
-    return {"task": task, "tokens": 1000, "method": method, "family": family, "share": share, **fields}
+    place = {"task": task, "tokens": 1000, "samples": 2}
+    return {**place, "method": method, "family": family, "share": share, **fields}
 
 
 def test_a_frontier_leaves_out_what_fewer_bytes_reach():
@@ -458,6 +459,8 @@ def test_verdicts_compare_at_no_more_bytes():
     assert [verdict.reached for verdict in found] == [True, False, False]
     text = table.show_verdicts(found)
     assert "1 of 3" in text and "q 60.0% at 0.250; b 50.0% at 0.200" in text and "none of ours is that small" in text
+    peers[0]["samples"] = 1  # others' prompts say nothing about it
+    assert [verdict.reached for verdict in table.verdicts([*ours, *peers])] == [False, False, False]
     lower = [point("a", methods.KEPT, 0.3, 0.01, "text"), point("p", "KIVI", 0.3, 0.02, "text")]
     assert [verdict.reached for verdict in table.verdicts(lower)] == [True]
 

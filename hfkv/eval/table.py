@@ -189,12 +189,12 @@ def frontier(rows: list[Row]) -> list[Row]:
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
-    """Every peer's point from 2x to 8x, against the best of ours at no more bytes."""
+    """Every peer's point from 2x to 8x, against the best of ours at no more bytes on the same prompts."""
     found = []
     for peer in rows:
         if peer["family"] in OURS or not LEAST_SHARE <= peer["share"] <= BEST_SHARE:
             continue
-        same = (r for r in rows if (r["task"], r["tokens"]) == (peer["task"], peer["tokens"]))
+        same = (r for r in rows if all(r[name] == peer[name] for name in ("task", "tokens", "samples")))
         ours = [r for r in same if r["family"] in OURS and r["share"] <= peer["share"]]
         found.append(Verdict(peer, max(ours, key=quality, default=None)))
     return found
