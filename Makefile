@@ -15,7 +15,7 @@ GPU_PARTS = decode prompt flush generate long
 GPU_SECONDS ?= 480
 GPU_BENCH ?=
 
-.PHONY: demo test test-oldest lint aot bench-accuracy bench-decode bench-memory clean
+.PHONY: demo test test-oldest lint aot bench-accuracy bench-eval bench-decode bench-memory clean
 .PHONY: gpu gpu-tests gpu-tests-torch $(GPU_PARTS:%=gpu-bench-%)
 
 $(VENV)/installed: pyproject.toml Makefile
@@ -55,6 +55,11 @@ aot: $(VENV)/installed
 
 bench-accuracy: $(VENV)/model
 	$(BIN)/python benchmarks/accuracy.py
+
+# Accuracy against bytes beside the peers; hours on a CPU. It resumes: EVAL="--budget-seconds 3600 --lengths 1000".
+bench-eval: $(VENV)/model
+	$(BIN)/python -m pip install -q optimum-quanto hqq
+	$(BIN)/python -m hfkv eval --out benchmarks/results $(EVAL)
 
 bench-decode: $(VENV)/model
 	$(BIN)/python -m pip install -q optimum-quanto hqq

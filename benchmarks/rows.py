@@ -1,51 +1,9 @@
-"""Measurements kept as they are made, so that an interrupted benchmark goes on where it stopped."""
+"""Where the benchmarks' results lie, and how they are kept."""
 
-from __future__ import annotations
-
-import csv
-import json
 from pathlib import Path
-from typing import Any
 
-Key = dict[str, Any]
+from hfkv.eval.rows import Rows, merge_csv
+
+__all__ = ["RESULTS", "Rows", "merge_csv"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-class Rows:
-    """A JSON-lines file of measurements, each under a key of its own; the last one of a key counts."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._measured: dict[str, Key] = {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                self._measured[_text(row["key"])] = row["measured"]
-
-    def get(self, key: Key) -> dict[str, Any] | None:
-        return self._measured.get(_text(key))
-
-    def add(self, key: Key, measured: dict[str, Any]) -> None:
-        self._measured[_text(key)] = measured
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "measured": measured}) + "\n")
-
-
-def merge_csv(path: Path, rows: list[dict[str, Any]], by: tuple[str, ...]) -> None:
-    """Write rows into a table: those with the same values in the columns `by` are replaced, others stay."""
-    table: dict[tuple[str, ...], dict[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            table = {tuple(row[column] for column in by): row for row in csv.DictReader(file)}
-    table |= {tuple(str(row[column]) for column in by): row for row in rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(table.values())
-
-
-def _text(key: Key) -> str:
-    return json.dumps(key, sort_keys=True)

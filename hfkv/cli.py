@@ -1,18 +1,103 @@
-"""The command line: `python -m hfkv demo`, `python -m hfkv bench`."""
+"""The command line: `python -m hfkv demo`, `bench`, `eval`, `lm-eval`, `calibrate`, `inspect`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import sys
+from dataclasses import dataclass
 
-from hfkv.config import PRESETS
+from hfkv.paging.pool import OutOfPages
+
+LM_EVAL = "lm-eval"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: where its arguments and its work are; both are imported only when they are needed.
+
+    Attributes:
+        options: module with `add_arguments(parser)`.
+        work: module with `run`, which takes the arguments, or what its `prepare` makes of them (`prepares`).
+        extra: the extra of the package that brings what `work` imports.
+        errors: what the user can mend; anything else is a bug and keeps its traceback.
+    """
+
+    name: str
+    help: str
+    options: str
+    work: str
+    extra: str
+    prepares: bool = False
+    errors: tuple[type[Exception], ...] = (ImportError, OSError, ValueError)
+
+    def __call__(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit status."""
+        try:
+            work = importlib.import_module(self.work)
+        except ModuleNotFoundError as error:
+            needs = f"Install what it needs with: pip install 'hfkv[{self.extra}]'"
+            print(f"hfkv {self.name}: {error}. {needs}", file=sys.stderr)
+            return 2
+        try:
+            if not self.prepares:
+                return work.run(args)
+            ready = work.prepare(args)
+        except self.errors as error:
+            print(f"hfkv {self.name}: {error}", file=sys.stderr)
+            return 2
+        return work.run(ready)
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "the exact cache and LeanKV side by side on a real model",
+        "hfkv.demo.options",
+        "hfkv.demo.run",
+        "demo",
+        prepares=True,
+    ),
+    Command(
+        "bench",
+        "times and bytes on this device beside the exact caches, with the goals",
+        "hfkv.bench.run",
+        "hfkv.bench.run",
+        "plot",
+    ),
+    Command(
+        "eval",
+        "accuracy against physical bytes beside the peers, on your own model",
+        "hfkv.eval.options",
+        "hfkv.eval.run",
+        "eval",
+        prepares=True,
+    ),
+    Command(
+        "calibrate",
+        "the config for a model and a target, found by measuring it",
+        "hfkv.calibrate.run",
+        "hfkv.calibrate.run",
+        "demo",
+    ),
+    Command(
+        "inspect",
+        "one HTML page of what a cache keeps of a prompt, by layer and head",
+        "hfkv.inspection.run",
+        "hfkv.inspection.run",
+        "demo",
+        errors=(ImportError, OSError, OutOfPages, TypeError, ValueError),
+    ),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2: the user can mend it, and the message says how)."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == [LM_EVAL]:  # its options are lm_eval's own
+        return _lm_eval(given[1:])
+    args = _parser().parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
@@ -24,91 +109,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m hfkv", description="A compressed KV cache for HuggingFace generate."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="the exact cache and LeanKV side by side on a real model")
-    demo.set_defaults(command=_demo)
-    demo.add_argument(
-        "--model", default="smollm2", help="name or path for from_pretrained (default: SmolLM2-135M-Instruct)"
-    )
-    demo.add_argument("--prompt-file", help="a text of your own instead of documentation with hidden notes")
-    demo.add_argument("--question", action="append", default=[], help="asked about --prompt-file; may be repeated")
-    demo.add_argument("--preset", action="append", choices=list(PRESETS), help="setting to show; may be repeated")
-    demo.add_argument("--config", metavar="JSON", help="LeanKVConfig of your own: JSON text or the path of a JSON file")
-    demo.add_argument(
-        "--tokens", type=int, default=1900, help="length of the documentation text (default: %(default)s)"
-    )
-    demo.add_argument("--out", default="demo-output", help="folder for the pictures (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
-    _add_bench(commands)
-    _add_inspect(commands)
-    _add_calibrate(commands)
+    for command in COMMANDS:
+        own = commands.add_parser(command.name, help=command.help)
+        own.set_defaults(command=command)
+        importlib.import_module(command.options).add_arguments(own)
+    commands.add_parser(LM_EVAL, help="lm_eval with the model hfkv; its options follow", add_help=False)
     return parser
 
 
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from hfkv.bench.run import add_arguments
-
-    bench = commands.add_parser("bench", help="times and bytes on this device beside the exact caches, with the goals")
-    bench.set_defaults(command=_bench)
-    add_arguments(bench)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from hfkv.bench import run
-
+def _lm_eval(options: list[str]) -> int:
     try:
-        return run.run(args)
-    except ValueError as error:
-        print(f"hfkv bench: {error}", file=sys.stderr)
-        return 2
-
-
-def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from hfkv.inspection.run import add_arguments
-
-    inspect = commands.add_parser("inspect", help="one HTML page of what a cache keeps of a prompt, by layer and head")
-    inspect.set_defaults(command=_inspect)
-    add_arguments(inspect)
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from hfkv.inspection import run
-    from hfkv.paging.pool import OutOfPages
-
-    try:
-        return run.run(args)
-    except (ImportError, OSError, OutOfPages, TypeError, ValueError) as error:
-        print(f"hfkv inspect: {error}", file=sys.stderr)
-        return 2
-
-
-def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from hfkv.calibrate.run import add_arguments
-
-    calibrate = commands.add_parser("calibrate", help="the config for a model and a target, found by measuring it")
-    calibrate.set_defaults(command=_calibrate)
-    add_arguments(calibrate)
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from hfkv.calibrate import run
-
-    try:
-        return run.run(args)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"hfkv calibrate: {error}", file=sys.stderr)
-        return 2
-
-
-def _demo(args: argparse.Namespace) -> int:
-    try:
-        from hfkv.demo import run  # here and not above: it needs packages that hfkv itself does not
+        from hfkv.eval import harness
     except ModuleNotFoundError as error:
-        print(f"hfkv demo: {error}. Install what the demo needs with: pip install 'hfkv[demo]'", file=sys.stderr)
+        print(f"hfkv {LM_EVAL}: {error}. Install it with: pip install 'hfkv[eval]'", file=sys.stderr)
         return 2
     try:
-        demo = run.prepare(args)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"hfkv demo: {error}", file=sys.stderr)
+        harness.main(options)
+    except ValueError as error:
+        print(f"hfkv {LM_EVAL}: {error}", file=sys.stderr)
         return 2
-    run.run(demo)
     return 0

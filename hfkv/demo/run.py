@@ -61,8 +61,8 @@ def prepare(args: argparse.Namespace) -> Demo:
     return Demo(model, tokenizer, args.model, talk, questions, notes, turns, contenders, Path(args.out))
 
 
-def run(demo: Demo) -> None:
-    """Let the caches run one after another, then print answers, figures and pictures."""
+def run(demo: Demo) -> int:
+    """Let the caches run one after another, print answers, figures and pictures; returns the exit status."""
     start = time.perf_counter()
     _introduce(demo)
     contest = Contest(demo.model, demo.tokenizer, demo.talk)
@@ -79,6 +79,7 @@ def run(demo: Demo) -> None:
     _show_cache(_main_outcome(outcomes))
     _draw(outcomes, demo)
     print(f"\n{time.perf_counter() - start:.0f} seconds in all. Token by token, as a page: python -m hfkv inspect")
+    return 0
 
 
 def _contenders(args: argparse.Namespace) -> list[Contender]:
