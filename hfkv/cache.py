@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -25,6 +25,7 @@ from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import PackedRows
 from hfkv.report import Report, make_report
+from hfkv.rope import Rotary, rotary_of
 from hfkv.tiering import apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
 
@@ -91,6 +92,7 @@ class LeanKVCache(LazyLinearLayers):
         self.fingerprint = Fingerprint()
         self._flush_due = False
         self._budget_said = False
+        self._rotaries: dict[tuple, Rotary | None] = {}
         self.fills = FillBook()
         if self.model_config is not None:
             for index, native in enumerate(DynamicCache(config=self.model_config).layers):
@@ -231,6 +233,13 @@ class LeanKVCache(LazyLinearLayers):
         if reason not in self.plain_reasons.values():
             logger.warning("layer %d (and others alike) is not compressed: %s", index, reason)
         self.plain_reasons[index] = reason
+
+    def rotary(self, module: nn.Module, q: Tensor) -> Rotary | None:
+        """The rotary embedding of the model that an attention module belongs to, for queries like `q`."""
+        key = (type(module), q.shape[-1], q.device)
+        if key not in self._rotaries:
+            self._rotaries[key] = rotary_of(module, q.shape[-1], q.device)
+        return self._rotaries[key]
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
-from hfkv.kernels.triton import chunk_attention, compaction, decode_attention, observe, prompt_attention
+from hfkv.kernels.triton import (
+    chunk_attention,
+    compaction,
+    decode_attention,
+    kvcrush,
+    observe,
+    prompt_attention,
+)
 from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
@@ -137,6 +144,8 @@ class FusedKernels:
         return incoming
 
     apply = staticmethod(apply_on_device)
+    crush_distances = staticmethod(kvcrush.crush_distances)
+    elect = staticmethod(kvcrush.elect)
 
 
 def _pages(packed: PackedRows, tier: int) -> TierPages:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
 from hfkv.handle import Chunk
+from hfkv.kernels import kvcrush
 from hfkv.observe import observe_chunk, observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
@@ -77,6 +78,14 @@ class Kernels(Protocol):
         """Do what was planned; the pool must have room for it."""
         ...
 
+    def crush_distances(self, received: Tensor, exists: Tensor, anchor: Tensor | None) -> Tensor:
+        """KVCrush: distance of every token's bits to the anchor; see `hfkv.kernels.kvcrush`."""
+        ...
+
+    def elect(self, among: Tensor, distance: Tensor, seats: Tensor, most: int) -> Tensor:
+        """KVCrush: seats at evenly spaced ranks by distance; see `hfkv.kernels.kvcrush`."""
+        ...
+
 
 class PlainKernels:
     """`Kernels` by the twins."""
@@ -92,6 +101,8 @@ class PlainKernels:
     observe_stored = staticmethod(observe_stored)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
+    crush_distances = staticmethod(kvcrush.crush_distances)
+    elect = staticmethod(kvcrush.elect)
 
     @staticmethod
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
