@@ -46,8 +46,8 @@ class LeanKVConfig:
         alpha_low: significance threshold below which a token is pruned.
         budget: physical bytes per exact byte in (0, 1]; tiers and pruning follow from it.
         policy: a function of `hfkv.policy.Candidates` that returns tiers, instead of all of the above.
-        score: what shares and budget go by: a name in `hfkv.policy.SCORES`, several for their mix by rank, or a function
-            of `Candidates`. None: `"replay"` where tokens may be pruned by share or budget, else `"attention"`.
+        score: what shares and budget go by: a name in `hfkv.policy.SCORES`, several for their mix by rank, or a
+            function of `Candidates`. None: `"replay"` where shares or a budget may prune, else `"attention"`.
         representatives: part of what is kept goes to tokens that stand for the dropped: `hfkv.policy.KVCrush(...)` or
             `hfkv.policy.Representatives(...)`, with shares or a budget.
         window: newest tokens W that stay exact.
@@ -259,7 +259,7 @@ class LeanKVConfig:
             object.__setattr__(self, "score", "replay" if prunes else "attention")
         if callable(self.score):
             return
-        names = (self.score,) if isinstance(self.score, str) else self.score
+        names: Any = (self.score,) if isinstance(self.score, str) else self.score
         allowed = f"one of {', '.join(SCORES)}; several of them; or a function of hfkv.policy.Candidates"
         if not isinstance(names, list | tuple) or not names or any(name not in SCORES for name in names):
             _fail("score", self.score, allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,8 +51,8 @@ class LayerMaterial:
         widths: stored slots per tier among the candidates.
         new: exact tokens of the longest sequence that are candidates, the first ones.
         call: of the attention function; None: nothing has been asked yet.
-        observers: queries that observe; None: there are none.
-        prompt: all queries of the prompt that is being stored; None at a flush.
+        q, valid: queries [batch, q_heads, queries, D] of the chunk that is being stored, and which of its tokens are
+            real, bool [batch, tokens] or None for all; q is None at a flush, where the kept queries observe.
     """
 
     def __init__(
@@ -61,12 +62,23 @@ class LayerMaterial:
         widths: list[int],
         new: int,
         call: Call | None,
-        observers: Queries | None,
-        prompt: Queries | None,
+        q: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> None:
         self._tokens, self._sequences, self._widths, self._new = tokens, sequences, widths, new
-        self._call, self._observers, self._prompt = call, observers, prompt
-        self._vectors: tuple[Tensor, Tensor] | None = None
+        self._call, self._q, self._valid = call, q, valid
+
+    @functools.cached_property
+    def _prompt(self) -> Queries | None:
+        """All queries of the chunk that is being stored; None at a flush."""
+        return None if self._q is None else prompt_queries(self._sequences, self._q, self._valid)
+
+    @functools.cached_property
+    def _observers(self) -> Queries | None:
+        """The chunk's last queries, or those kept of the last steps; None where there are none."""
+        if self._prompt is not None:
+            return newest(self._prompt, self._tokens.config.observe)
+        return kept_queries(self._tokens, self._sequences)
 
     @property
     def kernels(self) -> Kernels:
@@ -84,7 +96,7 @@ class LayerMaterial:
         fresh = exact[:, :, : self._new].float() * self._leaving[:, None, :, None]
         if not sum(self._widths):
             return fresh
-        return torch.cat([self._stored()[side].unflatten(0, (-1, exact.shape[1])), fresh], 2)
+        return torch.cat([self._stored[side].unflatten(0, (-1, exact.shape[1])), fresh], 2)
 
     @property
     def _leaving(self) -> Tensor:
@@ -93,13 +105,12 @@ class LayerMaterial:
         leaving = (fill.counts - self._tokens.config.window).clamp_min(0)
         return torch.arange(self._new, device=leaving.device) < leaving[:, None]
 
+    @functools.cached_property
     def _stored(self) -> tuple[Tensor, Tensor]:
         """Dequantised keys and values of the stored slots, [rows, slots, D and Dv]."""
-        if self._vectors is None:
-            packed = self._tokens.packed
-            parts = [packed.vectors(tier, width) for tier, width in enumerate(self._widths)]
-            self._vectors = torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
-        return self._vectors
+        packed = self._tokens.packed
+        parts = [packed.vectors(tier, width) for tier, width in enumerate(self._widths)]
+        return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -143,7 +154,7 @@ class LayerMaterial:
         slots, exact = sum(self._widths), k.shape[2]
         batch, q_heads, count, _ = queries.q.shape
         rows = batch * heads
-        held = torch.cat([self._stored()[0], k.flatten(0, 1).float()], 1) if slots else k.flatten(0, 1).float()
+        held = torch.cat([self._stored[0], k.flatten(0, 1).float()], 1) if slots else k.flatten(0, 1).float()
         filled = self._filled().view(batch, heads, -1)
         total = torch.zeros(rows, q_heads // heads, slots + exact, device=self._device)
         seen_by = torch.zeros(batch, heads, slots + exact, device=self._device)
@@ -199,10 +210,12 @@ class LayerMaterial:
         for tier, width in enumerate(self._widths):
             filled, parts = self._tokens.packed.slots(tier, ("birth",))
             birth = torch.where(filled, parts["birth"].long(), torch.iinfo(torch.int64).max)
-            births.append(torch.nn.functional.pad(birth, (0, width - birth.shape[1]), value=torch.iinfo(birth.dtype).max))
+            births.append(
+                torch.nn.functional.pad(birth, (0, width - birth.shape[1]), value=torch.iinfo(birth.dtype).max)
+            )
         birth = torch.cat(births, 1)
         first = birth.topk(min(SINKS, birth.shape[1]), 1, largest=False).indices
-        keys = self._stored()[0].gather(1, first[..., None].expand(-1, -1, self._sequences.k.shape[3]))
+        keys = self._stored[0].gather(1, first[..., None].expand(-1, -1, self._sequences.k.shape[3]))
         return keys.unflatten(0, (-1, self._sequences.k.shape[1]))
 
     def expected(self) -> Tensor:
@@ -246,7 +259,7 @@ def prompt_queries(sequences: Sequences, q: Tensor, valid: Tensor | None) -> Que
 
 
 def newest(queries: Queries, count: int) -> Queries:
-    """The last `count` real queries of every sequence; a sequence with fewer has the slot -1 for those that it lacks."""
+    """The last `count` real queries of every sequence; where one has fewer, the slot of those that it lacks is -1."""
     real = (queries.last >= 0).sum(1)[:, None]  # [batch, 1]
     count = min(count, queries.last.shape[1])
     pick = real - count + torch.arange(count, device=real.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfkv.fill import Fill
-from hfkv.material import LayerMaterial, kept_queries
+from hfkv.material import LayerMaterial
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
@@ -84,8 +84,7 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
     incoming = incoming_tokens(sequences, leaving, window, score)
     widths = [filled.shape[1] for filled, _ in stored]
     materials = [
-        LayerMaterial(t, own, widths, incoming.valid.shape[1], t.call, kept_queries(t, own), None)
-        for t, own in zip(layers, sequences, strict=True)
+        LayerMaterial(t, own, widths, incoming.valid.shape[1], t.call) for t, own in zip(layers, sequences, strict=True)
     ]
     plan = plan_tiers(layers, packed, incoming, stored, fill, materials, rescored=True)
     return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
@@ -207,7 +206,7 @@ def _scored(tokens: LayerTokens, c: Candidates) -> Tensor:
     if not isinstance(score, Tensor) or score.shape != c.tier.shape:
         got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise ValueError(
-            f"LeanKVConfig.score = {name!r} returned {got}: return a tensor [batch, kv_heads, T] = {tuple(c.tier.shape)}"
+            f"LeanKVConfig.score = {name!r} returned {got}: return float [batch, kv_heads, T] = {tuple(c.tier.shape)}"
         )
     score = score.float()
     if callable(name) and bool((score.isnan() & c.exists).any()):

@@ -17,9 +17,9 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
+from hfkv.material import LayerMaterial
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.table import PageTable
-from hfkv.material import LayerMaterial, newest, prompt_queries
 from hfkv.policy import Costs, Policy, policy_of, score_of
 from hfkv.quant import Codec, PageLayout, rotation
 from hfkv.tiering import incoming_tokens, plan_tiers
@@ -64,7 +64,7 @@ class LayerTokens:
         self.bind(cache)
         self.config = config
         self.policy: Policy = policy_of(config)
-        self.score = score_of(config.score)
+        self.score = score_of(config.score or "attention")
         self.dtype, self.device = dtype, chunk.k.device
         pool = cache.pool(self.device)
         page_tokens = cache.page_tokens(tokens, len(config.tiers))
@@ -155,10 +155,8 @@ class LayerTokens:
             score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
         incoming = incoming_tokens([sequences], leaving, self.config.window, score)
         stored = self.kernels.stored(self.packed, self.config.selects)
-        asked = prompt_queries(sequences, q, valid)
         widths = [filled.shape[1] for filled, _ in stored]
-        observers = newest(asked, self.config.observe)
-        material = LayerMaterial(self, sequences, widths, incoming.valid.shape[1], call, observers, asked)
+        material = LayerMaterial(self, sequences, widths, incoming.valid.shape[1], call, q, valid)
         plan = plan_tiers([self], self.packed, incoming, stored, after, [material], rescored=False)
         coded = self.kernels.code(self.packed, plan, incoming)
         self.cache.reserve(self.packed.pool, [(self.packed, plan)])

@@ -60,7 +60,7 @@ def elect(among: Tensor, distance: Tensor, seats: Tensor, most: int) -> Tensor:
         seats: int64 [rows]; more than there are candidates elect them all.
         most: the largest distance there can be: the number of heads.
     """
-    rank = torch.where(among, distance.long(), most + 1).argsort(1, stable=True).argsort(1)
+    rank = torch.where(among, distance.long(), most + 1).argsort(dim=1, stable=True).argsort(1)
     count, seats = among.sum(1, keepdim=True), seats[:, None]
     return seat_at(rank, count, seats) & among
 

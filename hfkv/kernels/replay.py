@@ -47,7 +47,7 @@ def most_received(
         first: keys [batch, kv_heads, n, D] of the prompt's first tokens where they are not the first of `k`.
         turn: (x [batch, heads, n, D], positions int64 [1]) -> x turned on by RoPE; None: the model has none.
     """
-    batch, heads, tokens, dim = k.shape
+    batch, heads, tokens = k.shape[:3]
     groups = q.shape[1] // heads
     q = q.float() if turn is None else turn(q, torch.tensor([AHEAD], device=q.device))
     slot = torch.arange(tokens, device=k.device)

@@ -114,7 +114,7 @@ class Representatives:
 
     def _elect(self, c: Candidates, among: Tensor, seats: Tensor) -> Tensor:
         score = in_phase(self.score, c).masked_fill(~among, float("-inf"))
-        rank = score.argsort(-1, descending=True, stable=True).argsort(-1)
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         return (rank < seats[..., None]) & among
 
 

@@ -156,7 +156,7 @@ def score_of(name: str | Sequence[str] | Score) -> Score | None:
 def ranked(c: Candidates, score: Tensor) -> Tensor:
     """Ranks among the new tokens of a layer's heads together, as a share in (0, 1]; the best has 1."""
     flat = torch.where(c.new, score, float("-inf")).flatten(1)
-    rank = flat.argsort(1, stable=True).argsort(1).view(score.shape) + 1
+    rank = flat.argsort(dim=1, stable=True).argsort(1).view(score.shape) + 1
     return rank / rank.shape[1] / rank.shape[2]
 
 
@@ -169,7 +169,7 @@ def placed(c: Candidates, score: Tensor) -> Tensor:
     """
     stored = (c.exists & ~c.new).flatten(1)
     flat, new = score.flatten(1), c.new.flatten(1)
-    order = torch.where(new, flat, float("-inf")).argsort(1, descending=True, stable=True)
+    order = torch.where(new, flat, float("-inf")).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(1)  # [batch, all], 0 = best of the new ones
     count, held = new.sum(1, keepdim=True).clamp_min(1), stored.sum(1, keepdim=True)
     before = (c.seen * c.tier.shape[1])[:, None] - new.sum(1, keepdim=True)  # tokens that came earlier

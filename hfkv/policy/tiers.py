@@ -13,7 +13,6 @@ from hfkv.policy.candidates import Candidates
 from hfkv.policy.representatives import Representation, representation_of
 from hfkv.quant import HIGH, LOW, PRUNED
 
-
 Policy = Callable[[Candidates], Tensor]
 
 
@@ -104,9 +103,7 @@ class Budget:
         return total
 
 
-def by_quota(
-    c: Candidates, high: Tensor | None, keep: Tensor, representatives: Representation | None = None
-) -> Tensor:
+def by_quota(c: Candidates, high: Tensor | None, keep: Tensor, representatives: Representation | None = None) -> Tensor:
     """Tiers by rank of score over the heads of a layer together.
 
     Args:
