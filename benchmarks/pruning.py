@@ -40,6 +40,7 @@ TABLE = RESULTS / "pruning_smollm2.csv"
 KEPT = RESULTS / "pruning_smollm2.jsonl"
 NOTES = 8  # hidden in one prompt
 FOLLOWING = 96  # tokens of a continuation
+BATCH_TOKENS = 8192  # cached tokens of the questions that are asked in one forward
 TAIL = "\n\nSo much for the documents. Now some questions about them, each answered in one sentence.\n"
 EXACT = dict(tiers=("exact",), rotate_keys=False, rotate_values=False)
 
@@ -55,37 +56,39 @@ def settings() -> dict[str, dict[str, Any]]:
     def represented(share: float, dropped: tuple[float, ...], by: str) -> None:
         drop(f"attention + {share} {by}", dropped, score="attention", representatives=Representatives(share, by))
 
-    main, some = (0.3, 0.5), (0.5, 0.3)
-    drop("replay", main, score="replay")
-    drop("attention", main, score="attention")
-    made["K4V2"] = dict(tiers=((4, 2),))
+    drop("replay", (0.3,), score="replay")
     made["budget 0.18 replay"] = dict(budget=0.18, score="replay")
+    made["K4V2"] = dict(tiers=((4, 2),))
+    drop("attention", (0.3,), score="attention")
+    drop("replay", (0.5,), score="replay")
+    drop("attention", (0.5,), score="attention")
     made["budget 0.18 attention"] = dict(budget=0.18, score="attention")
     drop("replay", (0.7,), score="replay")
-    drop("keydiff", some, score="keydiff")
-    drop("replay + keydiff", (0.7, 0.5), score=("replay", "keydiff"))
-    drop("random", some, score="random")
-    drop("attention + 0.25 KVCrush", some, score="attention", representatives=KVCrush(0.25))
-    drop("attention + 0.75 KVCrush", some, score="attention", representatives=KVCrush(0.75))
-    for by in ("random", "strided", "keydiff", "leverage"):
+    drop("keydiff", (0.5,), score="keydiff")
+    drop("random", (0.5,), score="random")
+    drop("attention + 0.75 KVCrush", (0.5,), score="attention", representatives=KVCrush(0.75))
+    represented(0.75, (0.5,), "random")
+    drop("leverage", (0.5,), score="leverage")
+    drop("replay + keydiff", (0.7,), score=("replay", "keydiff"))
+    drop("snapkv", (0.5,), score="snapkv")
+    drop("attention + 0.25 KVCrush", (0.3,), score="attention", representatives=KVCrush(0.25))
+    for by in ("strided", "keydiff", "leverage"):
         represented(0.75, (0.5,), by)
-    drop("snapkv", some, score="snapkv")
-    drop("leverage", some, score="leverage")
     made["aggressive"] = dict(high_share=0.03, keep_share=0.65)
     made["budget 0.125 replay"] = dict(budget=0.125, score="replay")
-    drop("h2o", some, score="h2o")
-    drop("expected_attention", some, score="expected_attention")
-    drop("value_attention", some, score="value_attention")
-    drop("knorm", some, score="knorm")
-    drop("coverage", some, score="coverage")
-    drop("replay + 0.25 KVCrush", (0.5, 0.7), score="replay", representatives=KVCrush(0.25))
-    drop("attention + 0.25 KVCrush shared", some, score="attention", representatives=KVCrush(0.25, per_head=False))
-    for by in ("random", "strided", "keydiff"):
-        represented(0.75, (0.3,), by)
-    for dropped in (0.1, 0.7):
-        for name in ("attention", "replay", "keydiff", "random", "leverage", "snapkv"):
+    for name in ("h2o", "expected_attention", "coverage", "value_attention", "knorm"):
+        drop(name, (0.5,), score=name)
+    drop("replay + 0.25 KVCrush", (0.7,), score="replay", representatives=KVCrush(0.25))
+    drop("attention + 0.25 KVCrush shared", (0.3,), score="attention", representatives=KVCrush(0.25, per_head=False))
+    for dropped in (0.3, 0.7, 0.1):
+        for name in ("keydiff", "random", "leverage", "snapkv", "h2o", "expected_attention", "coverage", "knorm"):
             drop(name, (dropped,), score=name)
         drop("attention + 0.75 KVCrush", (dropped,), score="attention", representatives=KVCrush(0.75))
+        for by in ("random", "strided", "keydiff"):
+            represented(0.75, (dropped,), by)
+    for dropped in (0.1, 0.7):
+        drop("attention", (dropped,), score="attention")
+    drop("replay", (0.1,), score="replay")
     return made
 
 
@@ -154,7 +157,8 @@ class Study:
         merge_csv(TABLE, [row for name in configs if (row := self._row(name))], by=("setting", "tokens"))
 
     def _chosen(self) -> dict[str, dict[str, Any]]:
-        return {name: fields for name, fields in settings().items() if self._args.only in name}
+        chosen = [item for item in settings().items() if self._args.only in item[0]]
+        return dict(chosen[: self._args.first])
 
     def _texts(self) -> list[tuple[list[int], list[int]]]:
         made = continuations(self._tokenizer, self._tokens, FOLLOWING, self._args.seed)
@@ -191,11 +195,27 @@ class Study:
     def _note_answers(self, index: int, ids: list[int], asked: Any, some: dict[str, Any]) -> None:
         for key, config in self._missing("notes", index, some):
             cache = self._of(ids, f"notes {index}").into(config)
-            self._rows.add(key, {"found": [self._finds(cache, *question) for question in asked]})
+            step = max(1, BATCH_TOKENS // len(ids))
+            parts = [self._found(cache, asked[first : first + step]) for first in range(0, len(asked), step)]
+            self._rows.add(key, {"found": [found for part in parts for found in part]})
 
-    def _finds(self, cache: Cache, asked: list[int], value: list[int]) -> bool:
-        logits = self._logits(cache, asked + value[:-1])
-        return logits[len(asked) - 1 :].argmax(-1).tolist() == value
+    @torch.no_grad()
+    def _found(self, cache: Cache, asked: list[tuple[list[int], list[int]]]) -> list[bool]:
+        """Whether each value is what greedy decoding gives behind its question; all questions in one forward."""
+        held, fork = cache.get_seq_length(), copy.deepcopy(cache)
+        fork.batch_repeat_interleave(len(asked))
+        rows = [question + value[:-1] for question, value in asked]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        mask = torch.cat([torch.ones(len(rows), held, dtype=torch.long), real], 1)
+        positions = (held + real.cumsum(1) - 1).clamp_min(0)
+        most = max(len(value) for _, value in asked)
+        logits = self._model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=fork, logits_to_keep=most
+        ).logits
+        said = logits.argmax(-1).tolist()
+        return [row[most - len(value) :] == value for row, (_, value) in zip(said, asked, strict=True)]
 
     @torch.no_grad()
     def _logits(self, cache: Cache, ids: list[int]) -> Tensor:
@@ -248,7 +268,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=3, help="continuations per length")
     parser.add_argument("--questions", type=int, default=40, help="per length, that the exact cache answers")
     parser.add_argument("--only", default="", help="only settings whose name has this in it")
-    parser.add_argument("--at-once", type=int, default=12, help="settings measured on all prompts before the next")
+    parser.add_argument("--first", type=int, default=None, help="only so many settings, those that matter most")
+    parser.add_argument("--at-once", type=int, default=8, help="settings measured on all prompts before the next")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")

@@ -67,10 +67,10 @@ def farthest_first(x: Tensor, exists: Tensor, held: Tensor | None) -> Tensor:
 
 def _distance_to(x: Tensor, held: Tensor) -> Tensor:
     """1 - the largest cosine to a held vector: x [rows, T, D], held bool [rows, T] -> [rows, T]; 1 where none is."""
-    nearest = torch.zeros(held.shape, device=x.device)
+    nearest = torch.full(held.shape, float("-inf"), device=x.device)
     step = max(1, (1 << 24) // max(1, x.shape[0] * x.shape[1]))
     for first in range(0, x.shape[1], step):
         similar = x @ x[:, first : first + step].transpose(1, 2)  # [rows, T, step]
         similar = similar.masked_fill(~held[:, None, first : first + step], float("-inf"))
         nearest = torch.maximum(nearest, similar.amax(2))
-    return 1 - nearest
+    return 1 - nearest.masked_fill(nearest == float("-inf"), 0.0)
