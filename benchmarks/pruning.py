@@ -129,28 +129,23 @@ class Study:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, tokens: int, args: Any
     ) -> None:
         self._model, self._tokenizer, self._rows, self._tokens, self._args = model, tokenizer, rows, tokens, args
-        self._prompt: tuple[str, Prompt] | None = None
+        self._prompt: tuple[str, Prompt] | None = None  # the last one that was needed
 
     def run(self) -> None:
         """Measure all settings, those that come first on all prompts before the next."""
         configs = {name: LeanKVConfig(**fields) for name, fields in self._chosen().items()}
-        texts, notes = self._texts(), self._notes()
         items, step = list(configs.items()), self._args.at_once
         batches = [items[first : first + step] for first in range(0, len(items), step)]
         for number, batch in enumerate(batches):
-            some = dict(batch)
-            bar = tqdm(
-                total=len(notes) + len(texts), desc=f"{self._tokens} tokens, settings {number + 1}/{len(batches)}"
-            )
-            for index, (ids, asked) in enumerate(notes):
-                self._note_answers(index, ids, asked, {"exact": None, **some})
-                bar.update()
-            for index, (ids, following) in enumerate(texts):
+            some, title = dict(batch), f"{self._tokens} tokens, settings {number + 1}/{len(batches)}"
+            for index, ids, asked in tqdm(self._notes(), desc=f"{title}, prompts with notes"):
+                self._note_answers(index, ids, asked, some)
+                self.write(configs)
+            for index, (ids, following) in enumerate(tqdm(self._texts(), desc=f"{title}, texts")):
                 self._note_agreement(index, ids, following, some)
                 if index == 0:
                     self._note_bytes(index, ids, some)
-                bar.update()
-            self.write(configs)
+                self.write(configs)
 
     def write(self, configs: dict[str, LeanKVConfig]) -> None:
         """What is measured so far, into the table."""
@@ -164,18 +159,17 @@ class Study:
         made = continuations(self._tokenizer, self._tokens, FOLLOWING, self._args.seed)
         return [(t.context, t.following) for t in itertools.islice(made, self._args.texts)]
 
-    def _notes(self) -> list[tuple[list[int], list[tuple[list[int], list[int]]]]]:
-        """Prompts until the exact cache has answered enough questions."""
-        chosen, answered = [], 0
+    def _notes(self) -> Iterator[tuple[int, list[int], list[tuple[list[int], list[int]]]]]:
+        """Prompts until the exact cache has answered enough questions: (index, tokens, questions)."""
+        answered = 0
         for index, text in enumerate(noted_texts(self._tokenizer, self._tokens, NOTES, self._args.seed)):
             if answered >= self._args.questions:
-                break
+                return
             ids = self._tokenizer(text.text + TAIL)["input_ids"]
             asked = [question_ids(self._tokenizer, note) for note in text.notes]
             self._note_answers(index, ids, asked, {"exact": None})
             answered += sum(self._rows.get(self._key("notes", "exact", index))["found"])
-            chosen.append((ids, asked))
-        return chosen
+            yield index, ids, asked
 
     def _key(self, what: str, setting: str, index: int) -> dict[str, Any]:
         key = {"what": what, "setting": setting, "tokens": self._tokens, "seed": self._args.seed, "index": index}

@@ -130,7 +130,7 @@ def kept_positions(cache: LeanKVCache, layer: int = 0) -> list[list[int]]:
     for tier in range(packed.tiers):
         filled, parts = packed.slots(tier, ("birth",))
         rows.append([birth[there].tolist() for birth, there in zip(parts["birth"], filled, strict=True)])
-    return [sorted(sum(parts, [])) for parts in zip(*rows, strict=True)]
+    return [sorted(position for part in parts for position in part) for parts in zip(*rows, strict=True)]
 
 
 @pytest.mark.parametrize("score", ALL, ids=str)
