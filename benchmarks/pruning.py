@@ -59,6 +59,7 @@ def settings() -> dict[str, dict[str, Any]]:
     drop("replay", (0.3,), score="replay")
     made["budget 0.18 replay"] = dict(budget=0.18, score="replay")
     made["K4V2"] = dict(tiers=((4, 2),))
+    made["aggressive"] = dict(high_share=0.03, keep_share=0.65)
     drop("attention", (0.3,), score="attention")
     drop("replay", (0.5,), score="replay")
     drop("attention", (0.5,), score="attention")
@@ -74,7 +75,6 @@ def settings() -> dict[str, dict[str, Any]]:
     drop("attention + 0.25 KVCrush", (0.3,), score="attention", representatives=KVCrush(0.25))
     for by in ("strided", "keydiff", "leverage"):
         represented(0.75, (0.5,), by)
-    made["aggressive"] = dict(high_share=0.03, keep_share=0.65)
     made["budget 0.125 replay"] = dict(budget=0.125, score="replay")
     for name in ("h2o", "expected_attention", "coverage", "value_attention", "knorm"):
         drop(name, (0.5,), score=name)
@@ -152,8 +152,8 @@ class Study:
         merge_csv(TABLE, [row for name in configs if (row := self._row(name))], by=("setting", "tokens"))
 
     def _chosen(self) -> dict[str, dict[str, Any]]:
-        chosen = [item for item in settings().items() if self._args.only in item[0]]
-        return dict(chosen[: self._args.first])
+        made = settings()
+        return {name: made[name] for name in self._args.settings} if self._args.settings else made
 
     def _texts(self) -> list[tuple[list[int], list[int]]]:
         made = continuations(self._tokenizer, self._tokens, FOLLOWING, self._args.seed)
@@ -261,8 +261,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000], help="prompt lengths")
     parser.add_argument("--texts", type=int, default=3, help="continuations per length")
     parser.add_argument("--questions", type=int, default=40, help="per length, that the exact cache answers")
-    parser.add_argument("--only", default="", help="only settings whose name has this in it")
-    parser.add_argument("--first", type=int, default=None, help="only so many settings, those that matter most")
+    parser.add_argument("--settings", nargs="+", choices=list(settings()), metavar="NAME", help="only these, in order")
     parser.add_argument("--at-once", type=int, default=8, help="settings measured on all prompts before the next")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)

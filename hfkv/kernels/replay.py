@@ -49,7 +49,7 @@ def most_received(
     """
     batch, heads, tokens = k.shape[:3]
     groups = q.shape[1] // heads
-    q = q.float() if turn is None else turn(q, torch.tensor([AHEAD], device=q.device))
+    ahead = torch.tensor([AHEAD], device=q.device)
     slot = torch.arange(tokens, device=k.device)
     real = slot < counts[:, None]  # [batch, tokens]
     best = torch.zeros(batch, heads, tokens, device=k.device)
@@ -60,6 +60,7 @@ def most_received(
     for start in range(0, tokens, BLOCK):
         stop = min(start + BLOCK, tokens)
         block = q.take_along_dim(index[:, None, start:stop, None], 2)
+        block = block.float() if turn is None else turn(block, ahead)
         begin, end = max(start, own), min(stop + OVERLAP, tokens)
         sinks = k[:, :, :own] if first is None else first
         keys = torch.cat([sinks.float(), k[:, :, begin:end].float()], 2).flatten(0, 1)
