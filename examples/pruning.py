@@ -1,8 +1,8 @@
 """When to prune: notes that are still found against physical bytes, asked before and after the compression.
 
 Notes are hidden in a text. Asked *before*: the question stands in the prompt that is compressed, as in most published
-tables. Asked *after*: the prompt is compressed before anyone knows what will be asked, as in a conversation or where one
-prompt serves many questions. Pruning by the attention of the last queries passes the first test and fails the second.
+tables. Asked *after*: the prompt is compressed before anyone knows what will be asked, as in a conversation or where
+one prompt serves many questions. Pruning by the attention of the last queries is made for the first case only.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class LeanKVCache(LazyLinearLayers):
         self.fingerprint = Fingerprint()
         self._flush_due = False
         self._budget_said = False
+        self.observing = False
         self._rotaries: dict[tuple, Rotary | None] = {}
         self.fills = FillBook()
         if self.model_config is not None:
@@ -119,8 +121,10 @@ class LeanKVCache(LazyLinearLayers):
         begins = self.forwards.begins(self, layer_idx)
         if isinstance(layer, LeanKVLayer):
             layer.check(key_states, value_states)
-            if begins and self._must_flush(key_states.shape[2]):
-                self.flush()
+            if begins:
+                self._check_reconstructed()
+                if not self.observing and self._must_flush(key_states.shape[2]):
+                    self.flush()
             state: Any = layer.snapshot(key_states.shape[2])
         else:
             check_native(layer, layer_idx, key_states, value_states)
@@ -158,6 +162,29 @@ class LeanKVCache(LazyLinearLayers):
     def undo_forward(self) -> None:
         """Put every layer back to where it was before the forward that is failing."""
         self.forwards.undo(self)
+
+    # ---- a second pass over the prompt -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reconstructing(self) -> Iterator[None]:
+        """Forwards inside look at what is held and store nothing; see `hfkv.reconstruct`."""
+        self.observing = True
+        try:
+            yield
+        finally:
+            self.observing = False
+
+    @property
+    def awaits_reconstruction(self) -> bool:
+        """Whether a prompt was stored whole, for `hfkv.reconstruct` to prune."""
+        return any(tokens.awaits_reconstruction for tokens in self.compressed)
+
+    def _check_reconstructed(self) -> None:
+        if not self.observing and self.awaits_reconstruction:
+            raise ValueError(
+                "LeanKVConfig(score='kvzip') needs a second pass over the prompt before anything follows it: fill the "
+                "cache by hfkv.reconstruct(model, input_ids, cache), or use score='replay', which needs none"
+            )
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 

@@ -124,10 +124,16 @@ class LeanKVConfig:
         return choice is not None
 
     @property
+    def reconstructs(self) -> bool:
+        """True where the score comes from a second pass over the prompt (`hfkv.reconstruct`)."""
+        names = (self.score,) if isinstance(self.score, str) else self.score
+        return self.selects and not callable(names) and "kvzip" in (names or ())
+
+    @property
     def turns_queries(self) -> bool:
         """True where the score asks queries from other positions, for which the model's rotary embedding is needed."""
         names = (self.score,) if isinstance(self.score, str) else self.score
-        return self.selects and (callable(names) or bool({"replay", "expected_attention"} & set(names or ())))
+        return self.selects and (callable(names) or bool({"replay", "kvzip", "expected_attention"} & set(names or ())))
 
     def for_layer(self, index: int) -> LeanKVConfig:
         """The config of one layer: this one with the overrides of `layers[index]`."""

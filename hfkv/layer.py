@@ -191,11 +191,16 @@ class LeanKVLayer(DynamicLayer):
             return kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed=0)[0]
         if not chunk.stored:
             new = chunk.k.shape[2]
-            if new > self.config.flush or new > self.tokens.capacity_left:
+            observing = self.cache.observing
+            if observing or new > self.config.flush or new > self.tokens.capacity_left:
                 chunk.past = self.tokens.past()
                 observed = self.config.observe if self.config.selects else 0
                 out, lse = kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed)
-                self._store(chunk, q, valid, call, lse)
+                if observing:
+                    self.tokens.observe_reconstruction(q, valid, call, lse)
+                    chunk.stored, self.pending = True, None
+                else:
+                    self._store(chunk, q, valid, call, lse)
                 return out
             self.tokens.append(chunk, q, valid, call)
             chunk.stored, self.pending = True, None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hfkv.attend import Call, head_rows, sink_rows
 from hfkv.backends.plain import Kernels
@@ -200,7 +201,7 @@ class LayerMaterial:
             None if rotary is None else lambda q, by: rotary.turn(q, by, fill.seen),
         )
         received = received[..., : self._new] * self._lengths
-        return torch.nn.functional.pad(received, (sum(self._widths), 0)).view(fill.batch, heads, -1)
+        return pad(received, (sum(self._widths), 0)).view(fill.batch, heads, -1)
 
     def _first_keys(self) -> Tensor | None:
         """Stored keys of the prompt's first tokens, float32 [batch, kv_heads, 4, D]; None where none is stored."""
@@ -210,13 +211,22 @@ class LayerMaterial:
         for tier, width in enumerate(self._widths):
             filled, parts = self._tokens.packed.slots(tier, ("birth",))
             birth = torch.where(filled, parts["birth"].long(), torch.iinfo(torch.int64).max)
-            births.append(
-                torch.nn.functional.pad(birth, (0, width - birth.shape[1]), value=torch.iinfo(birth.dtype).max)
-            )
+            births.append(pad(birth, (0, width - birth.shape[1]), value=torch.iinfo(birth.dtype).max))
         birth = torch.cat(births, 1)
         first = birth.topk(min(SINKS, birth.shape[1]), 1, largest=False).indices
         keys = self._stored[0].gather(1, first[..., None].expand(-1, -1, self._sequences.k.shape[3]))
         return keys.unflatten(0, (-1, self._sequences.k.shape[1]))
+
+    def reconstructed(self) -> Tensor | None:
+        """N times the largest probability in the second pass, [batch, kv_heads, T]; None where there was none."""
+        seen, fill = self._tokens.reconstruction, self._sequences.fill
+        if seen is None:
+            return None
+        widths = [*(packed_slots(self._tokens)), seen.shape[1]]
+        parts = list(seen.split([*widths[:-1], widths[-1] - sum(widths[:-1])], 1))
+        wide = [pad(part, (0, width - part.shape[1])) for part, width in zip(parts, self._widths, strict=False)]
+        wide.append(parts[-1][:, : self._new])
+        return torch.cat(wide, 1).view(fill.batch, -1, sum(self._widths) + self._new) * self._lengths
 
     def expected(self) -> Tensor:
         """exp(mu k + k' Sigma k / 2) over its sum, with the mean and covariance of queries under averaged RoPE."""
@@ -244,6 +254,37 @@ class LayerMaterial:
         fresh = self._leaving[:, None].expand(-1, heads, -1)
         exists = torch.cat([stored, fresh], -1).repeat_interleave(q.shape[1] // heads, 1)
         return logits.masked_fill(~exists, float("-inf")).softmax(-1).nan_to_num(0.0) * self._lengths
+
+
+def packed_slots(tokens: LayerTokens) -> list[int]:
+    """Slots of a layer's longest row, per tier."""
+    packed = tokens.packed
+    return [int(packed.page_counts(t).max()) * layout.tokens for t, layout in enumerate(packed.layouts)]
+
+
+def most_given(tokens: LayerTokens, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor) -> Tensor:
+    """The largest probability that queries give to what a layer holds: float32 [rows, stored slots and window].
+
+    Args:
+        q: [batch, q_heads, queries, D], behind all that is held; valid: bool [batch, queries] or None for all.
+        lse: their log-sum-exp over all keys [rows, groups, queries].
+    """
+    window, fill, heads = tokens.window, tokens.fill, tokens.window.heads
+    rows, total = head_rows(q, heads, call), lse.flatten(1)[..., None]
+    if valid is not None:
+        silent = ~valid[:, -q.shape[2] :].repeat_interleave(heads, 0).repeat(1, lse.shape[1])
+        total = total.masked_fill(silent[..., None], float("inf"))
+    best = []
+    sides = [tokens.packed.vectors(tier, width)[0] for tier, width in enumerate(packed_slots(tokens))]
+    for keys in [*sides, window.k[:, :, : fill.most].flatten(0, 1)]:
+        most = torch.zeros(keys.shape[:2], device=keys.device)
+        step = max(1, LOGIT_BYTES // max(1, 4 * keys.shape[0] * keys.shape[1]))
+        for first in range(0, rows.shape[1], step):
+            part = slice(first, first + step)
+            logits = cap(torch.bmm(rows[:, part], keys.float().transpose(1, 2)), call.softcap)
+            most = torch.maximum(most, (logits - total[:, part]).exp_().amax(1))
+        best.append(most)
+    return torch.cat(best, 1)
 
 
 def prompt_queries(sequences: Sequences, q: Tensor, valid: Tensor | None) -> Queries:

@@ -13,7 +13,7 @@ from hfkv.material import LayerMaterial
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
-from hfkv.quant import EMPTY, HIGH, LOW, NEW
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def apply_flush(flush: Flush) -> None:
         tokens.fill = tokens.cache.fills.left(sequences.fill, flush.leaving, tokens.config.window)
         tokens.window = tokens.window.keep_last(sequences, flush.leaving, tokens.fill)
         tokens.queries.clear()
+        tokens.whole, tokens.reconstruction = False, None
 
 
 def _alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
@@ -162,6 +163,8 @@ def plan_tiers(
     target = _ask(layers, asked)
     if not rescored:
         target = torch.where(current == NEW, target, current)
+        if layers[0].config.reconstructs:  # the second pass decides what is pruned
+            target = torch.where(target == PRUNED, LOW if packed.tiers == 2 else HIGH, target)
     return packed.plan(target, current, old, rescored, check)
 
 

@@ -17,7 +17,7 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.material import LayerMaterial
+from hfkv.material import LayerMaterial, most_given
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of, score_of
@@ -84,6 +84,8 @@ class LayerTokens:
         self.queries = KeptQueries(config.flush)
         self.fill = cache.fills.empty(batch, self.device)
         self.call: Call | None = None
+        self.whole = False  # a prompt was stored whole, until its reconstruction says what to prune
+        self.reconstruction: Tensor | None = None  # [rows, stored slots and window], largest probability so far
 
     def bind(self, cache: LeanKVCache) -> None:
         """Belong to this cache, by a weak reference."""
@@ -164,9 +166,25 @@ class LayerTokens:
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()
+        self.whole = self.config.reconstructs
         if lse is not None and self.config.selects:
             self.queries.add_tail(q, after.seen)
             self.cache.request_flush()
+
+    def observe_reconstruction(self, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
+        """Note the most that queries of a repeated prompt give to what is held; they are not stored.
+
+        Args: as of `store`.
+        """
+        if not self.config.reconstructs:
+            return
+        assert lse is not None
+        seen = most_given(self, q, valid, call, lse)
+        self.reconstruction = seen if self.reconstruction is None else torch.maximum(self.reconstruction, seen)
+
+    @property
+    def awaits_reconstruction(self) -> bool:
+        return self.whole
 
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""

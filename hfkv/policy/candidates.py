@@ -70,6 +70,10 @@ class Material(Protocol):
         """N times the largest probability given by the prompt's queries asked again, float32 [batch, kv_heads, T]."""
         ...
 
+    def reconstructed(self) -> Tensor | None:
+        """N times the largest probability that a second pass over the prompt gave; None where there was none."""
+        ...
+
     def expected(self) -> Tensor:
         """N times the probability that future queries are expected to give, float32 [batch, q_heads, T]."""
         ...
@@ -143,6 +147,14 @@ class Candidates:
         float32 [batch, kv_heads, T]; at a prompt only.
         """
         return self._material("replayed").replayed()
+
+    @functools.cached_property
+    def reconstructed(self) -> Tensor | None:
+        """N times the largest probability that a second pass gave (`hfkv.reconstruct`); None where there was none.
+
+        float32 [batch, kv_heads, T].
+        """
+        return self._material("reconstructed").reconstructed()
 
     @functools.cached_property
     def expected(self) -> Tensor:

@@ -79,6 +79,14 @@ def replay(c: Candidates) -> Tensor:
     return c.replayed
 
 
+def kvzip(c: Candidates) -> Tensor:
+    """The most attention that a token gets while the model repeats its prompt (KVzip; kvpress: KVzipPress).
+
+    Needs a second pass over the prompt, `hfkv.reconstruct`; until then nothing is pruned.
+    """
+    return c.replayed if c.reconstructed is None else c.reconstructed
+
+
 def random(c: Candidates) -> Tensor:
     """A control: the fractional part of a magnified projection of the key, as good as a coin."""
     return c.keys.sum(-1).mul(1e4).frac().abs()
@@ -102,13 +110,14 @@ SCORES: dict[str, Score] = {
         coverage,
         expected_attention,
         replay,
+        kvzip,
         random,
         strided,
     )
 }
 
 SELF_UPDATING = ("attention", "h2o")
-PROMPT_ONLY = ("replay", "expected_attention")
+PROMPT_ONLY = ("replay", "kvzip", "expected_attention")
 """Scores that need a prompt's queries; what is generated later is placed by its attention."""
 
 
@@ -133,12 +142,14 @@ class Once:
     score: Score
 
     def __call__(self, c: Candidates) -> Tensor:
-        return self.score(c) if c.prompt else placed(c, self.score(c))
+        first = c.prompt or (c.material is not None and c.reconstructed is not None)
+        return self.score(c) if first else placed(c, self.score(c))
 
 
 def in_phase(name: str, c: Candidates) -> Tensor:
     """A score by name; those that need a prompt's queries are taken by attention afterwards."""
-    return SCORES["attention" if name in PROMPT_ONLY and not c.prompt else name](c)
+    second_pass = name == "kvzip" and c.reconstructed is not None
+    return SCORES["attention" if name in PROMPT_ONLY and not (c.prompt or second_pass) else name](c)
 
 
 def score_of(name: str | Sequence[str] | Score) -> Score | None:
@@ -155,7 +166,8 @@ def score_of(name: str | Sequence[str] | Score) -> Score | None:
 
 def ranked(c: Candidates, score: Tensor) -> Tensor:
     """Ranks among the new tokens of a layer's heads together, as a share in (0, 1]; the best has 1."""
-    flat = torch.where(c.new, score, float("-inf")).flatten(1)
+    among = c.exists if c.material is not None and c.reconstructed is not None else c.new
+    flat = torch.where(among, score, float("-inf")).flatten(1)
     rank = flat.argsort(dim=1, stable=True).argsort(1).view(score.shape) + 1
     return rank / rank.shape[1] / rank.shape[2]
 
