@@ -42,7 +42,8 @@ def farthest_first(x: Tensor, exists: Tensor, held: Tensor | None) -> Tensor:
     rows, tokens = exists.shape
     score = torch.zeros(rows, tokens, device=x.device)
     centre = torch.nn.functional.normalize(x.sum(1, keepdim=True), dim=-1)
-    distance = torch.where(exists, 1 - (x @ centre.transpose(1, 2)).squeeze(2), -1.0)  # of those not taken; else -1
+    away = (1 - (x @ centre.transpose(1, 2)).squeeze(2)).clamp_min(0)
+    distance = torch.where(exists, away, -1.0)  # of those not taken; else -1
     taken = torch.zeros(rows, 1, device=x.device)
     most = 1
     while bool((distance >= 0).any()):
