@@ -65,7 +65,8 @@ def _alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
         packed, config = tokens.packed, tokens.config
         shared = (id(packed.pool), id(packed.basis.key), id(packed.basis.value), id(tokens.fill), packed.shift)
         shape = (packed.rows, tokens.dtype, tokens.kernels.name)
-        key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects, config.score)
+        score = id(config.score) if callable(config.score) else config.score
+        key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects, score)
         alike = groups.setdefault(key, [[]])
         if alike[-1] and (len(alike[-1]) + 1) * packed.rows * tokens.fill.seen > GROUP_TOKENS:
             alike.append([])

@@ -122,6 +122,16 @@ PROMPT_ONLY = ("replay", "kvzip", "expected_attention")
 
 
 @dataclass(frozen=True)
+class Named:
+    """One score as it is."""
+
+    name: str
+
+    def __call__(self, c: Candidates) -> Tensor:
+        return in_phase(self.name, c)
+
+
+@dataclass(frozen=True)
 class Mixed:
     """Several scores by rank: the sum of each one's rank over the heads of a layer together.
 
@@ -161,7 +171,7 @@ def score_of(name: str | Sequence[str] | Score) -> Score | None:
         return None
     if names == ("h2o",):
         return h2o
-    return Once(Mixed(names) if len(names) > 1 else lambda c: in_phase(names[0], c))
+    return Once(Mixed(names) if len(names) > 1 else Named(names[0]))
 
 
 def ranked(c: Candidates, score: Tensor) -> Tensor:
