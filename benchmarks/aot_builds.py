@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from aot_launches import Build, chunk, counted, flush, observed, prompt
+from aot_launches import Build, chunk, counted, elected, flush, observed, prompt
 
 from hfkv.config import Tier
 from hfkv.kernels.triton import decode_kernels
@@ -157,6 +157,7 @@ def guarding() -> Iterator[Build]:
     yield from prompt(90)
     yield from (build for build in chunk(80) if build.name.startswith("attend_pages"))
     yield from prompt(80)
+    yield from elected(90)
 
 
 def further() -> Iterator[Build]:
@@ -182,6 +183,8 @@ def further() -> Iterator[Build]:
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)
+        yield from elected(arch)
+    yield from elected(90, heads=128)
     yield from flush(90, (K4V4, K3V3))
     yield from flush(90, (K4V2, K4V2), which="pack")
     yield from flush(90, codec="minmax")

@@ -17,7 +17,16 @@ from triton.runtime import JITFunction
 
 from hfkv.config import Tier
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.kernels.triton import append, chunk_attention, compaction, observe, prompt_attention, quantize_pack, tiles
+from hfkv.kernels.triton import (
+    append,
+    chunk_attention,
+    compaction,
+    kvcrush,
+    observe,
+    prompt_attention,
+    quantize_pack,
+    tiles,
+)
 from hfkv.quant import Codec, PageLayout
 
 POINTERS = {
@@ -89,7 +98,7 @@ def launched(case: str, arch: int, run: Callable[[], Any]) -> Iterator[Build]:
     calls: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     with ExitStack() as stack:
         stack.enter_context(patch.object(tiles, "major", lambda device: arch // 10))
-        for module in (append, chunk_attention, compaction, observe, prompt_attention, quantize_pack):
+        for module in (append, chunk_attention, compaction, kvcrush, observe, prompt_attention, quantize_pack):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.enter_context(patch.object(module, name, Recorder(value, calls)))
@@ -174,6 +183,18 @@ def flush(
     extras = _extras(dtype, None, False) + [codec] * (codec != "fitted") + ["plain"] * (not rotated)
     found = launched(" ".join([names, f"D{dim}", *extras]), arch, run)
     return (build for build in found if build.name.startswith(which))
+
+
+def elected(arch: int, heads: int = 32) -> Iterator[Build]:
+    """KVCrush: bits, distances and the election of `heads` query heads."""
+    batch, tokens = 1, TOKENS
+    received, there = torch.zeros(batch, heads, tokens), torch.ones(batch, heads, tokens, dtype=torch.bool)
+
+    def run() -> None:
+        distance = kvcrush.crush_distances(received, there, None)
+        kvcrush.elect(there[:, 0], distance, _longs(batch), heads)
+
+    yield from launched(f"H{heads}", arch, run)
 
 
 def view(dim: int, dtype: torch.dtype) -> tiles.Pages:

@@ -17,6 +17,7 @@ from hfkv.config import LeanKVConfig  # noqa: E402
 from hfkv.enable import disable, enable  # noqa: E402
 from hfkv.graphs import DecodeReport, compile_decode, decode_report  # noqa: E402
 from hfkv.paging.pool import OutOfPages  # noqa: E402
+from hfkv.reconstruct import reconstruct  # noqa: E402
 from hfkv.report import Report  # noqa: E402
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "decode_report",
     "disable",
     "enable",
+    "reconstruct",
 ]
 
 register()

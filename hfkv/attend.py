@@ -13,6 +13,7 @@ from hfkv.handle import Chunk
 from hfkv.kernels.decode_attention import ExactKeys, JointLogits, WorkList, exact_keys, hidden_bias, join
 from hfkv.kernels.prompt_attention import prompt_attention
 from hfkv.kernels.quantize_pack import Basis
+from hfkv.rope import Rotary
 from hfkv.window import Window
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ class Call:
         scaling: factor of q . k.
         softcap: logits are softcap * tanh(logits / softcap), or None.
         sinks: [q_heads] logits of a column without a value, or None.
+        rotary: the model's rotary embedding where the layer's score turns queries; else None.
     """
 
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+    rotary: Rotary | None = None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -27,6 +28,7 @@ from hfkv.paging.pool import OutOfPages, PagePool
 from hfkv.paging.rows import PackedRows
 from hfkv.paging.sharing import share_pages
 from hfkv.report import Report, TokenMap, make_report, token_map
+from hfkv.rope import Rotary, rotary_of
 from hfkv.tiering import alike, apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
 
@@ -93,6 +95,8 @@ class LeanKVCache(LazyLinearLayers):
         self.fingerprint = Fingerprint()
         self._flush_due = False
         self._budget_said = False
+        self.observing = False
+        self._rotaries: dict[tuple, Rotary | None] = {}
         self.fills = FillBook()
         self.decode_step: Any = None  # the one that `hfkv.compile_decode` has recorded of this cache
         if self.model_config is not None:
@@ -120,8 +124,10 @@ class LeanKVCache(LazyLinearLayers):
         begins = self.forwards.begins(self, layer_idx)
         if isinstance(layer, LeanKVLayer):
             layer.check(key_states, value_states)
-            if begins and self._must_flush(key_states.shape[2]):
-                self.flush()
+            if begins:
+                self._check_reconstructed()
+                if not self.observing and self._must_flush(key_states.shape[2]):
+                    self.flush()
             state: Any = layer.snapshot(key_states.shape[2])
         else:
             check_native(layer, layer_idx, key_states, value_states)
@@ -170,6 +176,29 @@ class LeanKVCache(LazyLinearLayers):
     def undo_forward(self) -> None:
         """Put every layer back to where it was before the forward that is failing."""
         self.forwards.undo(self)
+
+    # ---- a second pass over the prompt -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def reconstructing(self) -> Iterator[None]:
+        """Forwards inside look at what is held and store nothing; see `hfkv.reconstruct`."""
+        self.observing = True
+        try:
+            yield
+        finally:
+            self.observing = False
+
+    @property
+    def awaits_reconstruction(self) -> bool:
+        """Whether a prompt was stored whole, for `hfkv.reconstruct` to prune."""
+        return any(tokens.awaits_reconstruction for tokens in self.compressed)
+
+    def _check_reconstructed(self) -> None:
+        if not self.observing and self.awaits_reconstruction:
+            raise ValueError(
+                "LeanKVConfig(score='kvzip') needs a second pass over the prompt before anything follows it: fill the "
+                "cache by hfkv.reconstruct(model, input_ids, cache), or use score='replay', which needs none"
+            )
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 
@@ -252,6 +281,13 @@ class LeanKVCache(LazyLinearLayers):
         if reason not in self.plain_reasons.values():
             logger.warning("layer %d (and others alike) is not compressed: %s", index, reason)
         self.plain_reasons[index] = reason
+
+    def rotary(self, module: nn.Module, q: Tensor) -> Rotary | None:
+        """The rotary embedding of the model that an attention module belongs to, for queries like `q`."""
+        key = (type(module), q.shape[-1], q.device)
+        if key not in self._rotaries:
+            self._rotaries[key] = rotary_of(module, q.shape[-1], q.device)
+        return self._rotaries[key]
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 

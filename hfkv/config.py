@@ -46,6 +46,10 @@ class LeanKVConfig:
         alpha_low: significance threshold below which a token is pruned.
         budget: physical bytes per exact byte in (0, 1]; tiers and pruning follow from it.
         policy: a function of `hfkv.policy.Candidates` that returns tiers, instead of all of the above.
+        score: what shares and budget go by: a name in `hfkv.policy.SCORES`, several for their mix by rank, or a
+            function of `Candidates`. None: `"replay"` where shares or a budget may prune, else `"attention"`.
+        representatives: part of what is kept goes to tokens that stand for the dropped: `hfkv.policy.KVCrush(...)` or
+            `hfkv.policy.Representatives(...)`, with shares or a budget.
         window: newest tokens W that stay exact.
         flush: tokens R by which the window may grow before the oldest are packed.
         observe: last queries of a prompt that decide the significance of its tokens.
@@ -69,6 +73,8 @@ class LeanKVConfig:
     alpha_low: float | None = None
     budget: float | None = None
     policy: Callable[..., Any] | None = None
+    score: str | tuple[str, ...] | Callable[..., Any] | None = None
+    representatives: Any = None
     window: int = 64
     flush: int = 32
     observe: int = 64
@@ -102,6 +108,7 @@ class LeanKVConfig:
         if self.shift_keys is None:
             put(self, "shift_keys", len(self.tiers) == 2)
         put(self, "layers", _checked_layers(self))
+        self._check_score()
 
     # ---- derived -------------------------------------------------------------------------------------------------
 
@@ -117,6 +124,18 @@ class LeanKVConfig:
         if choice == "shares":
             return len(self.tiers) == 2 or self.keep_share != 1.0
         return choice is not None
+
+    @property
+    def reconstructs(self) -> bool:
+        """True where the score comes from a second pass over the prompt (`hfkv.reconstruct`)."""
+        names = (self.score,) if isinstance(self.score, str) else self.score
+        return self.selects and not callable(names) and "kvzip" in (names or ())
+
+    @property
+    def turns_queries(self) -> bool:
+        """True where the score asks queries from other positions, for which the model's rotary embedding is needed."""
+        names = (self.score,) if isinstance(self.score, str) else self.score
+        return self.selects and (callable(names) or bool({"replay", "kvzip", "expected_attention"} & set(names or ())))
 
     def for_layer(self, index: int) -> LeanKVConfig:
         """The config of one layer: this one with the overrides of `layers[index]`."""
@@ -143,13 +162,17 @@ class LeanKVConfig:
 
     def to_json(self) -> str:
         """This config as JSON text, readable by `from_json`."""
-        if self.policy is not None:
-            _fail(
-                "policy",
-                self.policy,
-                "a config with a policy of your own cannot be written as JSON; write its fields instead",
-            )
+        for name in ("policy", "score"):
+            if callable(getattr(self, name)):
+                _fail(
+                    name,
+                    getattr(self, name),
+                    f"a config with a {name} of your own cannot be written as JSON; write its fields instead",
+                )
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "policy"}
+        from hfkv.policy.representatives import representation_state  # here and not above: policies read the config
+
+        fields["representatives"] = representation_state(self.representatives)
         fields["layers"] = {str(index): dict(over) for index, over in self.layers.items()}
         return json.dumps(fields, indent=1)
 
@@ -230,6 +253,28 @@ class LeanKVConfig:
                 if getattr(self, field) is not None:
                     _fail(field, getattr(self, field), f"None, since tiers = {self.tiers!r} has only one tier")
 
+    def _check_score(self) -> None:
+        from hfkv.policy.representatives import representation_of  # here and not above: policies read the config
+        from hfkv.policy.scores import SCORES
+
+        object.__setattr__(self, "representatives", representation_of(self.representatives))
+        choice = self._choice()
+        if self.representatives is not None and choice not in ("shares", "budget"):
+            _fail("representatives", self.representatives, "None, unless shares or a budget say how much is kept")
+        if self.score is None:
+            shares = [self.keep_share, *(over.get("keep_share") for over in self.layers.values())]
+            prunes = choice == "budget" or any(share is not None and share < 1.0 for share in shares)
+            object.__setattr__(self, "score", "replay" if prunes else "attention")
+        if callable(self.score):
+            return
+        names: Any = (self.score,) if isinstance(self.score, str) else self.score
+        allowed = f"one of {', '.join(SCORES)}; several of them; or a function of hfkv.policy.Candidates"
+        if not isinstance(names, list | tuple) or not names or any(name not in SCORES for name in names):
+            _fail("score", self.score, allowed)
+        object.__setattr__(self, "score", self.score if isinstance(self.score, str) else tuple(names))
+        if choice == "alpha" and self.score != "attention":
+            _fail("score", self.score, "'attention' with alpha_high or alpha_low, which are thresholds of attention")
+
     @staticmethod
     def _check_order(lesser: str, low: float | None, greater: str, high: float | None) -> None:
         if low is not None and high is not None and low > high:
@@ -299,6 +344,8 @@ def _overridden(config: LeanKVConfig, over: Mapping[str, Any]) -> LeanKVConfig:
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "layers"}
     if any(field in over for field in CHOICE_FIELDS):
         fields.update(dict.fromkeys(CHOICE_FIELDS))
+        if "alpha_high" in over or "alpha_low" in over:
+            fields.update(score=None, representatives=None)
     if len(over.get("tiers", config.tiers)) != len(config.tiers):
         fields.update(high_share=None, alpha_high=None, shift_keys=None)
     return LeanKVConfig(**{**fields, **over})

@@ -192,11 +192,15 @@ class LeanKVLayer(DynamicLayer):
         if not chunk.stored:
             new = chunk.k.shape[2]
             broken = self.cache.fills.broken(valid)  # a step takes its queries for the newest tokens
-            if new > self.config.flush or new > self.tokens.capacity_left or broken:
+            if self.cache.observing or broken or new > self.config.flush or new > self.tokens.capacity_left:
                 chunk.past = self.tokens.past()
                 observed = self.config.observe if self.config.selects else 0
                 out, lse = kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed)
-                self._store(chunk, q, valid, call, lse)
+                if self.cache.observing:
+                    self.tokens.observe_reconstruction(q, valid, call, lse)
+                    chunk.stored, self.pending = True, None
+                else:
+                    self._store(chunk, q, valid, call, lse)
                 return out
             self.tokens.append(chunk, q, valid, call)
             chunk.stored, self.pending = True, None

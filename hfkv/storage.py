@@ -43,6 +43,8 @@ UNSIGNED = "0" * 64
 def save(cache: LeanKVCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to `path`; see `LeanKVCache.save`."""
     cache.forwards.check(cache)
+    if cache.awaits_reconstruction:
+        raise ValueError("this cache waits for hfkv.reconstruct(model, input_ids, cache): save it afterwards")
     writer = TensorWriter()
     fills: list[Fill] = []
     layers = [_layer_state(layer, index, writer, fills) for index, layer in enumerate(cache.layers)]

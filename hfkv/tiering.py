@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hfkv.fill import Fill
+from hfkv.material import LayerMaterial
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import frozen
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
-from hfkv.quant import EMPTY, HIGH, LOW, NEW
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def apply_flush(flush: Flush) -> None:
         tokens.fill = tokens.cache.fills.left(sequences.fill, flush.leaving, tokens.config.window)
         tokens.window = tokens.window.keep_last(sequences, flush.leaving, tokens.fill)
         tokens.queries.clear()
+        tokens.whole, tokens.reconstruction = False, None
 
 
 def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
@@ -64,7 +66,8 @@ def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
         packed, config = tokens.packed, tokens.config
         shared = (id(packed.pool), id(packed.basis.key), id(packed.basis.value), id(tokens.fill), packed.shift)
         shape = (packed.rows, tokens.dtype, tokens.kernels.name)
-        key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects)
+        score = id(config.score) if callable(config.score) else config.score
+        key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects, score)
         alike = groups.setdefault(key, [[]])
         if alike[-1] and (len(alike[-1]) + 1) * packed.rows * tokens.fill.seen > GROUP_TOKENS:
             alike.append([])
@@ -79,9 +82,15 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
     sequences = [Sequences(t.window.k[:, :, : fill.most], t.window.v[:, :, : fill.most], fill) for t in layers]
     packed = PackedRows.stacked([tokens.packed for tokens in layers])
     stored = kernels.stored(packed, first.config.selects)
-    score = _observe(layers, packed, sequences, stored) if first.config.selects else None
+    observes = first.config.selects and first.score is None
+    score = _observe(layers, packed, sequences, stored) if observes else None
     incoming = incoming_tokens(sequences, leaving, window, score)
-    plan = plan_tiers(layers, packed, incoming, stored, fill, rescored=True)
+    widths = [filled.shape[1] for filled, _ in stored]
+    materials = [
+        LayerMaterial(t, t.packed, own, widths, incoming.valid.shape[1], t.call)
+        for t, own in zip(layers, sequences, strict=True)
+    ]
+    plan = plan_tiers(layers, packed, incoming, stored, fill, materials, rescored=True)
     return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
 
 
@@ -91,19 +100,22 @@ def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequ
     Tokens in pages that sequences share keep their scores.
     """
     rows, scores = layers[0].packed.rows, []
-    kept: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
-    for tier, (filled, parts) in enumerate(stored):
+    for _, parts in stored:
         parts["score"] = parts["score"].float()
-        shared = frozen(packed, tier, filled.shape[1])
-        if shared is not None:
-            kept.append((parts, shared, parts["score"].clone()))
+    before = [parts["score"].clone() if packed.pool.owners is not None else parts["score"] for _, parts in stored]
     for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
         part = slice(index * rows, (index + 1) * rows)
         held = [{name: x[part] for name, x in parts.items()} for _, parts in stored]
         scores.append(tokens.kernels.observe_stored(tokens, own, held))
-    for parts, shared, before in kept:
-        parts["score"] = torch.where(shared, before, parts["score"])
+    for tier, (_, parts) in enumerate(stored):
+        parts["score"] = _kept_where_shared(packed, tier, parts["score"], before[tier])
     return torch.cat(scores)
+
+
+def _kept_where_shared(packed: PackedRows, tier: int, new: Tensor, old: Tensor) -> Tensor:
+    """New scores [rows, slots], but the old ones in pages that sequences share."""
+    shared = frozen(packed, tier, new.shape[1])
+    return new if shared is None else torch.where(shared, old, new)
 
 
 def incoming_tokens(sequences: list[Sequences], leaving: Tensor, window: int, score: Tensor | None) -> Incoming:
@@ -131,14 +143,21 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def plan_tiers(
-    layers: list[LayerTokens], packed: PackedRows, incoming: Incoming, stored: Stored, after: Fill, rescored: bool
+    layers: list[LayerTokens],
+    packed: PackedRows,
+    incoming: Incoming,
+    stored: Stored,
+    after: Fill,
+    materials: list[LayerMaterial],
+    rescored: bool,
 ) -> Compaction:
-    """Ask the policies of layers that are alike.
+    """Ask the scores and policies of layers that are alike; new scores go into `incoming` and `stored`.
 
     Args:
         packed: the rows of all of them.
-        rescored: the scores in `stored` are new; False: the stored tokens stay as they are.
+        rescored: a flush; False: a prompt is stored, and the stored tokens stay as they are.
         after: fill that counts the incoming tokens as seen.
+        materials: what each layer lets be read.
     """
     check = layers[0].kernels.checker(packed, incoming)
     now = [torch.where(filled, (HIGH, LOW)[tier], EMPTY) for tier, (filled, _) in enumerate(stored)]
@@ -147,36 +166,97 @@ def plan_tiers(
         empty = [filled.float() for filled, _ in stored]
         return packed.plan(torch.full_like(current, HIGH), current, empty, False, check)
     old = [parts["score"].float() for _, parts in stored]
-    score = torch.cat([*old, incoming.score], 1)
     birth = torch.cat([*(parts["birth"].long() for _, parts in stored), incoming.birth], 1)
-    target = _ask(layers, after, score, birth, current)
+    own = layers[0].score is not None
+    fresh = torch.zeros_like(incoming.score) if own else incoming.score
+    asked = _candidates(layers, after, torch.cat([*old, fresh], 1), birth, current, materials, prompt=not rescored)
+    if own:
+        asked = [replace(c, score=_scored(tokens, c)) for tokens, c in zip(layers, asked, strict=True)]
+        score = torch.cat([c.score.flatten(0, 1) for c in asked])
+        *known, incoming.score = score.split([*(part.shape[1] for part in old), fresh.shape[1]], 1)
+        if rescored:
+            old = [_kept_where_shared(packed, tier, *both) for tier, both in enumerate(zip(known, old, strict=True))]
+    target = _ask(layers, asked)
     if not rescored:
         target = torch.where(current == NEW, target, current)
+        if layers[0].config.reconstructs:  # the second pass decides what is pruned
+            target = torch.where(target == PRUNED, LOW if packed.tiers == 2 else HIGH, target)
     return packed.plan(target, current, old, rescored, check)
 
 
-def _ask(layers: list[LayerTokens], after: Fill, score: Tensor, birth: Tensor, current: Tensor) -> Tensor:
-    """The tiers [rows, T] that the layers' policies want: all layers at once where one policy serves them."""
-    first, heads, width = layers[0].policy, layers[0].window.heads, current.shape[1]
-    one = isinstance(first, Shares | Thresholds) and all(tokens.policy == first for tokens in layers)
-    groups, answers = [layers] if one else [[tokens] for tokens in layers], []
-    parts = (x.chunk(len(groups)) for x in (score, birth, current))
-    for group, own_score, own_birth, own_tier in zip(groups, *parts, strict=True):
-        shape = (len(group) * after.batch, heads, width)
-        length = after.lengths.repeat(len(group))
-        exact = after.counts.clamp(max=group[0].config.window).repeat(len(group))
-        candidates = Candidates(
+def _candidates(
+    layers: list[LayerTokens],
+    after: Fill,
+    score: Tensor,
+    birth: Tensor,
+    current: Tensor,
+    materials: list[LayerMaterial],
+    prompt: bool,
+) -> list[Candidates]:
+    """One for each layer, of the rows [layers * rows, T] of all."""
+    shape = (after.batch, layers[0].window.heads, current.shape[1])
+    shared = layers[0].costs if _one_policy(layers) else None
+    parts = (x.chunk(len(layers)) for x in (score, birth, current))
+    return [
+        Candidates(
             score=own_score.view(shape),
             birth=own_birth.view(shape),
             tier=own_tier.view(shape),
-            seen=length - exact,
-            length=length,
-            tiers=group[0].packed.tiers,
-            costs=group[0].costs,
+            seen=after.lengths - after.counts.clamp(max=tokens.config.window),
+            length=after.lengths,
+            tiers=tokens.packed.tiers,
+            costs=tokens.costs if shared is None else shared,
+            material=material,
+            prompt=prompt,
         )
-        _check_fixed_cost(group[0], candidates)
-        answers.append(only_down(candidates, group[0].policy(candidates)).view(-1, width))
+        for tokens, material, own_score, own_birth, own_tier in zip(layers, materials, *parts, strict=True)
+    ]
+
+
+def _scored(tokens: LayerTokens, c: Candidates) -> Tensor:
+    """What the layer's own score says.
+
+    Raises:
+        ValueError: it is not of the shape that it should have, or has NaN.
+    """
+    assert tokens.score is not None
+    score = tokens.score(c)
+    name = tokens.config.score
+    if not isinstance(score, Tensor) or score.shape != c.tier.shape:
+        got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(
+            f"LeanKVConfig.score = {name!r} returned {got}: return float [batch, kv_heads, T] = {tuple(c.tier.shape)}"
+        )
+    score = score.float()
+    if callable(name) and bool((score.isnan() & c.exists).any()):
+        raise ValueError(f"LeanKVConfig.score = {name!r} returned NaN: a score must be a number for every token")
+    return score
+
+
+def _ask(layers: list[LayerTokens], asked: list[Candidates]) -> Tensor:
+    """The tiers [rows, T] that the layers' policies want: all layers at once where one policy serves them."""
+    if len(layers) > 1 and _one_policy(layers):
+        asked = [_together(asked)]
+    answers = []
+    for tokens, c in zip(layers, asked, strict=False):
+        _check_fixed_cost(tokens, c)
+        answers.append(only_down(c, tokens.policy(c)).view(-1, c.tier.shape[2]))
     return _joined(answers)
+
+
+def _one_policy(layers: list[LayerTokens]) -> bool:
+    """Whether all layers have the same policy, and it looks at numbers per token only."""
+    policy = layers[0].policy
+    one = isinstance(policy, Thresholds) or (isinstance(policy, Shares) and policy.representatives is None)
+    return one and all(tokens.policy == policy for tokens in layers)
+
+
+def _together(asked: list[Candidates]) -> Candidates:
+    """Layers as one batch, for a policy that looks at numbers per token only."""
+    score, birth, tier, seen, length = (
+        torch.cat([getattr(c, name) for c in asked]) for name in ("score", "birth", "tier", "seen", "length")
+    )
+    return replace(asked[0], score=score, birth=birth, tier=tier, seen=seen, length=length, material=None)
 
 
 def _check_fixed_cost(tokens: LayerTokens, candidates: Candidates) -> None:

@@ -17,11 +17,12 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
+from hfkv.material import LayerMaterial, most_given
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.rows import PackedRows
 from hfkv.paging.sharing import select_rows
 from hfkv.paging.table import PageTable
-from hfkv.policy import Costs, Policy, policy_of
+from hfkv.policy import Costs, Policy, policy_of, score_of
 from hfkv.quant import Codec, PageLayout, rotation
 from hfkv.repeats import chosen, repeated
 from hfkv.tiering import incoming_tokens, plan_tiers
@@ -66,6 +67,7 @@ class LayerTokens:
         self.bind(cache)
         self.config = config
         self.policy: Policy = policy_of(config)
+        self.score = score_of(config.score or "attention")
         self.dtype, self.device = dtype, chunk.k.device
         pool = cache.pool(self.device)
         page_tokens = cache.page_tokens(tokens, len(config.tiers))
@@ -85,6 +87,8 @@ class LayerTokens:
         self.queries = KeptQueries(config.flush)
         self.fill = cache.fills.empty(batch, self.device)
         self.call: Call | None = None
+        self.whole = False  # a prompt was stored whole, until its reconstruction says what to prune
+        self.reconstruction: Tensor | None = None  # [rows, stored slots and window], largest probability so far
 
     def bind(self, cache: LeanKVCache) -> None:
         """Belong to this cache, by a weak reference."""
@@ -165,6 +169,7 @@ class LayerTokens:
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()
+        self.whole = self.config.reconstructs
         if lse is not None and self.config.selects:
             self.queries.add_tail(q, after.seen)
             self.cache.request_flush()
@@ -180,15 +185,32 @@ class LayerTokens:
     ) -> None:
         """Append the first `leaving` int64 [batch] tokens of the sequences to the pages of their rows."""
         score, call = None, self.call
-        if self.config.selects:
-            assert call is not None
+        assert call is not None
+        if self.config.selects and self.score is None:
             score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
         incoming = incoming_tokens([sequences], leaving, self.config.window, score)
         stored = self.kernels.stored(packed, self.config.selects)
-        plan = plan_tiers([self], packed, incoming, stored, sequences.fill, rescored=False)
+        widths = [filled.shape[1] for filled, _ in stored]
+        material = LayerMaterial(self, packed, sequences, widths, incoming.valid.shape[1], call, q, valid)
+        plan = plan_tiers([self], packed, incoming, stored, sequences.fill, [material], rescored=False)
         coded = self.kernels.code(packed, plan, incoming)
         self.cache.reserve(packed.pool, [(packed, plan)])
         self.kernels.apply(packed, plan, coded)
+
+    def observe_reconstruction(self, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
+        """Note the most that queries of a repeated prompt give to what is held; they are not stored.
+
+        Args: as of `store`.
+        """
+        if not self.config.reconstructs:
+            return
+        assert lse is not None
+        seen = most_given(self, q, valid, call, lse)
+        self.reconstruction = seen if self.reconstruction is None else torch.maximum(self.reconstruction, seen)
+
+    @property
+    def awaits_reconstruction(self) -> bool:
+        return self.whole
 
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""

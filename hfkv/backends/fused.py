@@ -12,7 +12,15 @@ from torch import Tensor
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
-from hfkv.kernels.triton import append, chunk_attention, compaction, decode_attention, observe, prompt_attention
+from hfkv.kernels.triton import (
+    append,
+    chunk_attention,
+    compaction,
+    decode_attention,
+    kvcrush,
+    observe,
+    prompt_attention,
+)
 from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
 from hfkv.kernels.triton.tiles import Pages
@@ -158,6 +166,8 @@ class FusedKernels:
         return incoming
 
     apply = staticmethod(apply_on_device)
+    crush_distances = staticmethod(kvcrush.crush_distances)
+    elect = staticmethod(kvcrush.elect)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
 from hfkv.handle import Chunk
+from hfkv.kernels import kvcrush
 from hfkv.kernels.append import append_step, begin_step
 from hfkv.kernels.decode_attention import WorkList
 from hfkv.kernels.quantize_pack import Basis
@@ -110,6 +111,14 @@ class Kernels(Protocol):
         """Do what was planned; the pool must have room for it."""
         ...
 
+    def crush_distances(self, received: Tensor, exists: Tensor, anchor: Tensor | None) -> Tensor:
+        """KVCrush: distance of every token's bits to the anchor; see `hfkv.kernels.kvcrush`."""
+        ...
+
+    def elect(self, among: Tensor, distance: Tensor, seats: Tensor, most: int) -> Tensor:
+        """KVCrush: seats at evenly spaced ranks by distance; see `hfkv.kernels.kvcrush`."""
+        ...
+
 
 @dataclass(frozen=True)
 class StillWork:
@@ -147,6 +156,8 @@ class PlainKernels:
     observe_stored = staticmethod(observe_stored)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
+    crush_distances = staticmethod(kvcrush.crush_distances)
+    elect = staticmethod(kvcrush.elect)
 
     @staticmethod
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -35,6 +35,9 @@ class Basis:
     def rotate_values(self, v: Tensor) -> Tensor:
         return v.float() if self.value is None else v.float() @ self.value
 
+    def unrotate_keys(self, k: Tensor) -> Tensor:
+        return k if self.key is None else k @ self.key.T
+
     def unrotate_values(self, v: Tensor) -> Tensor:
         return v if self.value is None else v @ self.value.T
 

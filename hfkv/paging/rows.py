@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfkv.kernels.compaction import pages_for
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens
+from hfkv.kernels.compaction import pages_for, take
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens, unpack_tokens
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
 from hfkv.paging.sharing import Copies, frozen
 from hfkv.paging.table import PageTable
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
+
+VECTOR_PAGES = 1024
+"""Pages that are dequantised at once."""
 
 
 @dataclass
@@ -126,6 +129,29 @@ class PackedRows:
                 parts[name] = grid.flatten(1)
         slot = torch.arange(width * layout.tokens, device=self.pool.device)
         return slot < self.table.lengths[:, tier, None], parts
+
+    def vectors(self, tier: int, width: int) -> tuple[Tensor, Tensor]:
+        """What is packed in a tier, dequantised: keys [rows, width, D] and values [rows, width, Dv], as they came.
+
+        Free slots, up to the `width` slots asked for, hold zeros. Pages are read in blocks.
+        """
+        layout, counts = self.layouts[tier], self.page_counts(tier)
+        ids, row, index = self.table.pages(tier, counts)
+        shape = (self.rows, width // layout.tokens, layout.tokens)
+        keys = torch.zeros(*shape, layout.key.dim, device=self.pool.device)
+        values = torch.zeros(*shape, layout.value.dim, device=self.pool.device)
+        inside = torch.arange(layout.tokens, device=self.pool.device)
+        for first in range(0, ids.numel(), VECTOR_PAGES):
+            part = slice(first, first + VECTOR_PAGES)
+            pages = self.pool.gather(self.classes[tier], ids[part])
+            flat = torch.arange(pages.shape[0] * layout.tokens, device=self.pool.device)
+            k, v = unpack_tokens(layout, take(layout, pages, flat))
+            if self.basis.mean is not None:
+                k = k + self.basis.mean[row[part].repeat_interleave(layout.tokens)]
+            filled = index[part, None] * layout.tokens + inside < self.table.lengths[row[part], tier, None]
+            keys[row[part], index[part]] = self.basis.unrotate_keys(k).view(*filled.shape, -1) * filled[..., None]
+            values[row[part], index[part]] = self.basis.unrotate_values(v).view(*filled.shape, -1) * filled[..., None]
+        return keys.flatten(1, 2), values.flatten(1, 2)
 
     # ---- decide and count --------------------------------------------------------------------------------------------
 

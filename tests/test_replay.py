@@ -1,0 +1,121 @@
+"""Replay: queries turned as the model itself would turn them, and what they then look at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import SUPPORTED, build
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hfkv.kernels import replay
+from hfkv.kernels.replay import most_received
+from hfkv.rope import rotary_of
+
+ROTARY = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt_oss", "olmo2", "glm", "cohere", "phi"]
+NAMES = [name for name in ROTARY if name in {family.name for family in SUPPORTED}]
+asked: list[tuple] = []
+
+
+def noting(module, q, k, v, mask, **kwargs):
+    asked.append((module, q))
+    return torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=q.dtype), None
+
+
+AttentionInterface.register("noting_queries", noting)
+AttentionMaskInterface.register("noting_queries", lambda **kwargs: None)
+
+
+def first_queries(model, positions):
+    """Queries of the first layer, which depend on tokens and positions alone."""
+    asked.clear()
+    ids = torch.arange(3, 3 + len(positions))[None]
+    with torch.no_grad():
+        model(ids, position_ids=torch.tensor([positions]), use_cache=False)
+    return asked
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_queries_are_turned_as_the_model_turns_them(name):
+    model = build(name)
+    model.set_attn_implementation("noting_queries")
+    layer = next(
+        (i for i, (m, _) in enumerate(first_queries(model, [0])) if getattr(m, "sliding_window", None) is None)
+    )
+    here = first_queries(model, [0, 1, 2, 3, 4])[layer]
+    there = first_queries(model, [60, 61, 62, 63, 64])[layer]
+    rotary = rotary_of(here[0], here[1].shape[-1], torch.device("cpu"))
+    assert rotary is not None
+    turned = rotary.turn(here[1], torch.tensor([60]), 65)
+    torch.testing.assert_close(turned, there[1].float(), rtol=1e-3, atol=1e-3)
+    back = rotary.turn(there[1], -torch.arange(60, 65), 65)
+    at_zero = torch.cat([first_queries(model, [0] * 5)[layer][1]], 2)
+    torch.testing.assert_close(back, at_zero.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_without_rotary_embedding_has_none():
+    model = build("gpt2")
+    attention = model.transformer.h[0].attn
+    assert rotary_of(attention, 16, torch.device("cpu")) is None
+
+
+def naive(q, k, scaling, counts, block, overlap, sinks):
+    """The formula, one query at a time; every sequence from its first token."""
+    best = torch.zeros(k.shape[:3])
+    groups = q.shape[1] // k.shape[1]
+    for b, count in enumerate(counts):
+        for h in range(k.shape[1]):
+            for s in range(count):
+                start = s // block * block
+                seen = sorted({*range(min(sinks, count)), *range(start, min(start + block + overlap, count))})
+                for g in range(groups):
+                    p = (k[b, h, seen] @ q[b, h * groups + g, s] * scaling).softmax(0)
+                    best[b, h, seen] = torch.maximum(best[b, h, seen], p)
+    return best
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_formula(groups, monkeypatch):
+    monkeypatch.setattr(replay, "BLOCK", 8)
+    monkeypatch.setattr(replay, "OVERLAP", 3)
+    generator = torch.Generator().manual_seed(groups)
+    k = torch.randn(2, 2, 21, 16, generator=generator)
+    q = torch.randn(2, 2 * groups, 21, 16, generator=generator)
+    counts = torch.tensor([21, 13])
+    slot = torch.arange(21)
+    last = torch.where(slot < counts[:, None], slot, -1)
+    got = most_received(q, last, k, counts, None, 0.5, None, None)
+    want = naive(q, k, 0.5, counts.tolist(), 8, 3, replay.SINKS)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1, :, :13], want[1, :, :13])
+
+
+def test_few_logits_at_a_time_give_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    k, q = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (2, 4))
+    last = torch.arange(40).expand(2, -1)
+    terms = (q, last, k, torch.tensor([40, 40]), None, 1.0, 3.0, None)
+    whole = most_received(*terms)
+    monkeypatch.setattr(replay, "LOGIT_BYTES", 1)
+    torch.testing.assert_close(most_received(*terms), whole)
+
+
+def test_what_only_its_own_context_asks_for_is_found():
+    """A value that no later token asks for is what the query of its name, asked again, finds behind the name."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 100, 32, generator=generator)
+    q = torch.randn(1, 1, 100, 32, generator=generator)
+    q[0, 0, 40] = k[0, 0, 41] * 3  # an induction head: the query of token 40 wants the key behind it
+    score = most_received(q, torch.arange(100)[None], k, torch.tensor([100]), None, 1 / math.sqrt(32), None, None)
+    assert score[0, 0].argmax() == 41
+
+
+def test_tokens_without_a_query_of_their_own_are_not_the_first_to_go():
+    """What the window holds of an earlier chunk gets the mean of the others if that is more than its own."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 2, 30, 8, generator=generator)
+    q = torch.randn(1, 2, 20, 8, generator=generator)
+    last = torch.arange(10, 30)[None]  # the chunk's 20 queries; ten tokens were there before
+    score = most_received(q, last, k, torch.tensor([30]), k[:, :, :4] * 2, 1.0, None, None)
+    assert (score[..., :10] >= score[..., 10:].mean(-1, keepdim=True) - 1e-6).all()
