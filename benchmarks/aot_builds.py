@@ -144,6 +144,7 @@ def guarding() -> Iterator[Build]:
     """One build or more of every kernel: what the gate compiles."""
     for arch in (90, 80, 89, 100, 120):
         yield decode((K8V4, K4V2), arch)
+    for arch in (90, 80, 100, 120):
         yield prepare(arch)
         yield combine(arch)
     yield decode((K8V4,), 90)
@@ -174,6 +175,8 @@ def further() -> Iterator[Build]:
         yield prepare(arch, split=True)
         yield prepare(arch, dtype="fp32", coded=False, split=True)
         yield combine(arch, plain=True)
+    yield prepare(89)
+    yield combine(89)
     for arch in (80, 90, 100, 120):
         yield from counted(arch)
     for arch in (80, 120):

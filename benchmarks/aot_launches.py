@@ -164,6 +164,7 @@ def flush(
         compaction.write_scores(old, lengths, score)
         compaction.read_scores(old, lengths, TOKENS)
         compaction.move_tokens(old, slots)
+        compaction.copy_pages(old, ids, slots[:, :1] > 0, _ints(1, 8), _ints(16), _longs(2), _ints(1))
         compaction.clear_slots(old, counts, counts, counts, 1)
         compaction.exchange_pages(0, ids, ids, counts, counts, _ints(16), _longs(2), _ints(1))
         compaction.recode_tokens(old, new, slots, flags)

@@ -18,14 +18,16 @@ from hfkv.config import LeanKVConfig
 from hfkv.fill import FillBook
 from hfkv.fingerprint import Fingerprint
 from hfkv.forward import ForwardBook
+from hfkv.hidden import drop_hidden
 from hfkv.hybrid import LazyLinearLayers
 from hfkv.layer import LeanKVLayer
 from hfkv.natives import check_native
 from hfkv.paging.compaction import Compaction
-from hfkv.paging.pool import PagePool
+from hfkv.paging.pool import OutOfPages, PagePool
 from hfkv.paging.rows import PackedRows
-from hfkv.report import Report, make_report
-from hfkv.tiering import apply_flush, plan_flush
+from hfkv.paging.sharing import share_pages
+from hfkv.report import Report, TokenMap, make_report, token_map
+from hfkv.tiering import alike, apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
 
 logger = logging.getLogger("hfkv")
@@ -195,18 +197,25 @@ class LeanKVCache(LazyLinearLayers):
 
     def reserve(self, pool: PagePool, work: list[tuple[PackedRows, Compaction]], slack: float = 0.0) -> None:
         """Make room for compactions that will be applied in this order, the pages that one frees serving the next."""
-        self._reserve_growth(pool, [(packed, plan.growth) for packed, plan in work], slack)
+        copies = [(packed, [[count, 0] for count in plan.copies]) for packed, plan in work]
+        growth = [(packed, plan.growth) for packed, plan in work]
+        self._reserve_growth(pool, [step for pair in zip(copies, growth, strict=True) for step in pair], slack)
 
     def _reserve_growth(self, pool: PagePool, work: Sequence[tuple[PackedRows, list[list[int]]]], slack: float) -> None:
         running: dict[int, int] = {}
         peak: dict[int, int] = {}
         for packed, growth in work:
-            for cls, (needed, freed) in zip(packed.classes, growth, strict=True):
+            for cls, (needed, freed) in zip(packed.classes, growth, strict=False):  # no copies: an empty list
                 running[cls] = running.get(cls, 0) + needed - freed
                 peak[cls] = max(peak.get(cls, 0), running[cls])
         if self.config.max_bytes is not None:
             pool.max_bytes = max(0, self.config.max_bytes - self._unpaged_bytes(pool.device))
         pool.reserve(peak, slack)
+
+    @plain_tensors()
+    def drop_hidden(self, mask: Tensor, new: int, valid: Tensor | None) -> bool:
+        """Drop packed tokens that a padding mask hides by now; see `hfkv.hidden`."""
+        return drop_hidden(self, mask, new, valid)
 
     # ---- shared by the layers of a step ------------------------------------------------------------------------------
 
@@ -263,6 +272,10 @@ class LeanKVCache(LazyLinearLayers):
     def report(self) -> Report:
         """Physical bytes, ratio, tiers and bytes per layer and head; printed, it is a table."""
         return make_report(self)
+
+    def token_map(self, layer_idx: int) -> TokenMap:
+        """Tier and significance of every token that a layer has seen, by position; see `hfkv.report.TokenMap`."""
+        return token_map(self, layer_idx)
 
     # ---- transformers' calls ---------------------------------------------------------------------------------------
 
@@ -356,15 +369,33 @@ class LeanKVCache(LazyLinearLayers):
     def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
         """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
         held = self.compressed
-        if held and torch.equal(index.cpu(), torch.arange(held[0].fill.batch)):
+        batch = held[0].fill.batch if held else 0
+        if held and torch.equal(index.cpu(), torch.arange(batch)):
             return
-        for pool in self.pools:
-            own = [tokens for tokens in held if tokens.packed.pool is pool]
-            growth = [(t.packed, t.packed.select_demand(t.rows_of(index.to(pool.device)))) for t in own]
-            self._reserve_growth(pool, growth, FLUSH_SLACK)
+        self._check_room(held, index.numel())
+        own = {device: index.to(device) for device in self._pools}
         with self.forwards.changing("reorder"):
+            for group in alike(held):
+                share_pages([tokens.packed for tokens in group], group[0].rows_of(own[group[0].device]))
             for layer in self.layers:
-                if isinstance(layer, LeanKVLayer):
-                    layer.select(index)
-                else:
+                if not isinstance(layer, LeanKVLayer):
                     plain(layer)
+                elif layer.tokens is not None:
+                    layer.select(own[layer.tokens.device])
+            if held and index.numel() < batch:
+                for pool in self.pools:
+                    pool.trim()
+
+    def _check_room(self, held: Sequence[LayerTokens], batch: int) -> None:
+        """Raise OutOfPages where `max_bytes` does not hold the exact parts of so many sequences; pages are shared."""
+        if self.config.max_bytes is None:
+            return
+        for device, pool in self._pools.items():
+            unpaged = self._unpaged_bytes(device)
+            wanted = unpaged * batch // held[0].fill.batch if held else 0
+            if wanted > unpaged and pool.physical_bytes + wanted > self.config.max_bytes:
+                raise OutOfPages(
+                    f"{batch} sequences take {wanted:,} bytes of recent windows and tables beside "
+                    f"{pool.physical_bytes:,} of pages, but max_bytes is {self.config.max_bytes:,}: nothing was "
+                    "changed; raise LeanKVConfig.max_bytes, or use a smaller LeanKVConfig.window"
+                )

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo-output", help="folder for the pictures (default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a short prompt and one setting: under a minute")
     _add_bench(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -57,6 +58,25 @@ def _bench(args: argparse.Namespace) -> int:
         return run.run(args)
     except ValueError as error:
         print(f"hfkv bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from hfkv.inspection.run import add_arguments
+
+    inspect = commands.add_parser("inspect", help="one HTML page of what a cache keeps of a prompt, by layer and head")
+    inspect.set_defaults(command=_inspect)
+    add_arguments(inspect)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from hfkv.inspection import run
+    from hfkv.paging.pool import OutOfPages
+
+    try:
+        return run.run(args)
+    except (ImportError, OSError, OutOfPages, TypeError, ValueError) as error:
+        print(f"hfkv inspect: {error}", file=sys.stderr)
         return 2
 
 

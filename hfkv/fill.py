@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hfkv.kernels.decode_attention import hidden_bias
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +126,17 @@ def select(fill: Fill, index: Tensor) -> Fill:
     return Fill(fill.uniform, fill.counts[index], fill.most, positions, fill.seen, pads)
 
 
+def drop(fill: Fill, hidden: Tensor) -> tuple[Fill, Tensor]:
+    """The fill without the tokens `hidden`, bool [batch, most], which count as pads then; and the slots that stay."""
+    kept = fill.valid & ~hidden
+    counts = kept.sum(1)
+    most = int(counts.max())
+    slots = newest_last(kept)[:, :most]
+    uniform = most if bool((counts == most).all()) else None
+    pads = fill.counts - counts + (0 if fill.pads is None else fill.pads)
+    return _ragged(uniform, counts, most, fill.token_positions.gather(1, slots), fill.seen, pads), slots
+
+
 def newest_last(valid: Tensor) -> Tensor:
     """Indices [batch, n] that bring the valid slots to the front, in order."""
     return valid.long().argsort(dim=1, descending=True, stable=True)
@@ -138,8 +151,9 @@ class FillBook:
     """Works out each step's fill and padding once for all layers, by the identity of what they follow from."""
 
     def __init__(self) -> None:
-        self._fills: dict[tuple, tuple[tuple, Fill]] = {}
+        self._fills: dict[tuple, tuple[tuple, Any]] = {}
         self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
+        self._broken: tuple[Tensor | None, bool] = (None, False)
         self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
 
     def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
@@ -156,12 +170,27 @@ class FillBook:
             self._valid = (mask, new, None if bool(valid.all()) else valid)
         return self._valid[2]
 
+    def broken(self, valid: Tensor | None) -> bool:
+        """Whether some sequence has a pad behind a real token among `valid` bool [batch, new]; None: all are real."""
+        if valid is None:
+            return False
+        if self._broken[0] is not valid:
+            self._broken = (valid, bool((valid[:, :-1] & ~valid[:, 1:]).any()))
+        return self._broken[1]
+
     def agrees(self, mask: Tensor, fill: Fill, new: int, valid: Tensor | None) -> bool:
         """Whether a padding mask [batch, 1, 1, tokens] shows just the tokens held and the valid new ones."""
         if self._agreed[0] is not mask or self._agreed[1] is not fill:
             fresh = new if valid is None else valid.sum(1)
             self._agreed = (mask, fill, bool((mask[:, 0, 0].sum(-1) == fill.lengths + fresh).all()))
         return self._agreed[2]
+
+    def shown(self, fill: Fill, mask: Tensor) -> tuple[Fill, Tensor]:
+        """The fill without the window's tokens that a padding mask hides by now, and the slots of the others."""
+        at = fill.token_positions.clamp_min(0)
+        return self._once(
+            ("drop", fill.counts.device), (fill, mask), lambda: drop(fill, ~mask[:, 0, 0].bool().gather(1, at))
+        )
 
     def empty(self, batch: int, device: torch.device) -> Fill:
         return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))
@@ -178,7 +207,7 @@ class FillBook:
     def selected(self, fill: Fill, index: Tensor) -> Fill:
         return self._once(("select", fill.counts.device), (fill, index), lambda: select(fill, index))
 
-    def _once(self, name: tuple, key: tuple, make: Callable[[], Fill]) -> Fill:
+    def _once(self, name: tuple, key: tuple, make: Callable[[], T]) -> T:
         known = self._fills.get(name)
         if known is None or not all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
             known = self._fills[name] = (key, make())

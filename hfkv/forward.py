@@ -90,6 +90,13 @@ class ForwardBook:
             for pool in cache.pools:
                 pool.trim()
 
+    def renew(self) -> None:
+        """What layers hold was changed for good before they stored anything: undoing the forward returns to that."""
+        for number, (index, layer, state) in enumerate(self._undo):
+            if isinstance(layer, LeanKVLayer) and layer.tokens is not None and state[1] is not None:
+                held = layer.tokens.snapshot(packs=state[1].table is not None)
+                self._undo[number] = (index, layer, (state[0], held))
+
     @staticmethod
     def _aborted(cache: LeanKVCache, index: int) -> Exception:
         if cache.encoder_decoder:

@@ -113,10 +113,10 @@ class LeanKVLayer(DynamicLayer):
         self.generation += 1
 
     def select(self, index: Tensor) -> None:
-        """Make sequence i a copy of today's sequence `index[i]`."""
-        if self.tokens is not None:
-            self.tokens.select(index.to(self.device))
-            self.generation += 1
+        """Make what is exact of sequence i a copy of today's sequence `index[i]`, int64 [n] on the layer's device."""
+        assert self.tokens is not None
+        self.tokens.select(index)
+        self.generation += 1
 
     def offload(self) -> NoReturn:
         raise ValueError(
@@ -191,7 +191,8 @@ class LeanKVLayer(DynamicLayer):
             return kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed=0)[0]
         if not chunk.stored:
             new = chunk.k.shape[2]
-            if new > self.config.flush or new > self.tokens.capacity_left:
+            broken = self.cache.fills.broken(valid)  # a step takes its queries for the newest tokens
+            if new > self.config.flush or new > self.tokens.capacity_left or broken:
                 chunk.past = self.tokens.past()
                 observed = self.config.observe if self.config.selects else 0
                 out, lse = kernels.attend_chunk(chunk.past, chunk, q, valid, call, observed)
@@ -207,21 +208,22 @@ class LeanKVLayer(DynamicLayer):
         chunk.stored, self.pending = True, None
 
     def _check_past(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None) -> None:
-        if mask is not None and not chunk.stored and not self._only_padding(chunk, mask, valid):
+        if mask is not None and not chunk.stored and not self._follows(chunk, mask, valid):
             raise ValueError(
                 f"the attention mask {tuple(mask.shape)} hides tokens of a compressed past (a 4-D mask, or a 2-D one "
                 "that has changed): packed tokens have no order; pass the 2-D padding mask, the same for all tokens so "
-                "far, or give a 4-D mask with the first chunk"
+                "far (only the newest of a sequence may be hidden later), or give a 4-D mask with the first chunk"
             )
         if torch.is_grad_enabled() and (q.requires_grad or chunk.k.requires_grad):
             raise ValueError("no gradient flows through a compressed past: call the model under torch.no_grad()")
 
-    def _only_padding(self, chunk: Chunk, mask: Tensor, valid: Tensor | None) -> bool:
-        """Whether a mask hides the pads of the past, which are not held, and nothing else."""
+    def _follows(self, chunk: Chunk, mask: Tensor, valid: Tensor | None) -> bool:
+        """Whether a mask hides pads of the past, which are not held, or tokens that can be dropped, which are then."""
         assert self.tokens is not None
         if says_more_than_padding(mask):
             return False
-        return self.tokens.cache.fills.agrees(mask, self.tokens.fill, chunk.k.shape[2], valid)
+        new = chunk.k.shape[2]
+        return self.tokens.follow(mask, new, valid) or self.cache.drop_hidden(mask, new, valid)
 
     # ---- snapshots ---------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,8 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[
     constant = packed.basis.constant(rotated)
     joint = join(work, rotated, constant, [window], call.softcap, sink_rows(q, heads, call))
     p = joint.logits.softmax(-1)
+    if fill.pads is not None:  # the query of a pad may see nothing at all
+        p = p.masked_fill(joint.logits.amax(-1, keepdim=True) == float("-inf"), 0.0)
     received = attention_received(p, work, groups)
     in_window = p[..., work.width : work.width + keys.shape[1]].unflatten(1, (groups, -1)).sum(2).amax(1)
     score = _scored(in_window / visible.sum(1).clamp_min(1), visible, fill.lengths, heads)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hfkv.config import EXACT, Tier
+from hfkv.paging.sharing import pages_once
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
@@ -33,8 +34,9 @@ class LayerReport:
         rotation: which rotations its vectors are coded under.
         tokens: per tier name, `window`, and `pruned`: int64 [batch, kv_heads].
         bytes: `codes`, `metadata`, `free_slots`, `window`, `queries`, `tables`.
-        head_bytes: int64 [batch, kv_heads], pages of the head.
+        head_bytes: int64 [batch, kv_heads], pages of the head; one that sequences share counts at the first of them.
         physical_bytes, exact_bytes: sums for this layer; exact_bytes is 0 where it is not compressed.
+        shared_bytes: what pages that sequences share would take beside that, had each sequence its own.
     """
 
     index: int
@@ -48,6 +50,7 @@ class LayerReport:
     head_bytes: Tensor | None = None
     physical_bytes: int = 0
     exact_bytes: int = 0
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Report:
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
         backend: what runs the kernels, `triton` or `torch`; `none` before the first prompt.
+        shared_bytes: what pages that sequences share would take beside `physical_bytes`, had each sequence its own.
     """
 
     physical_bytes: int
@@ -73,6 +77,7 @@ class Report:
     tokens: int
     layers: list[LayerReport]
     backend: str
+    shared_bytes: int
 
     @property
     def ratio(self) -> float:
@@ -105,6 +110,8 @@ class Report:
             for name, size in self.bytes.items()
             if size
         ]
+        if self.shared_bytes:
+            lines.append(f"  pages that sequences share spare {_size(self.shared_bytes)}")
         if self.plain_bytes:
             lines.append(f"  not compressed beside it: {_size(self.plain_bytes)}")
         for reason, layers in _grouped(layer for layer in self.layers if layer.reason is not None).items():
@@ -128,18 +135,35 @@ def make_report(cache: LeanKVCache) -> Report:
     space += 0 if cache.decode_step is None else cache.decode_step.nbytes
     physical, exact = sum(layer.physical_bytes for layer in layers) + free + space, sum(x.exact_bytes for x in layers)
     backend = ", ".join(sorted({tokens.kernels.name for tokens in cache.compressed})) or "none"
-    return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend)
+    shared = sum(layer.shared_bytes for layer in layers)
+    return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend, shared)
 
 
-def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
-    """Where every token of a layer is, by logical position: uint8 [batch, kv_heads, tokens].
+@dataclass(frozen=True)
+class TokenMap:
+    """Every token that one layer has seen, by logical position.
 
-    The entries are PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED. Without tiers packed tokens
-    have no birth: all before the window is HIGH.
+    For every KV head a token is in exactly one place: a tier, the window, or no longer stored.
+
+    Attributes:
+        tier: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW. Pads were never stored and read as PRUNED.
+            A config that does not select stores no positions: what is packed is read as HIGH, just before the window.
+        score: float32 of that shape: the significance stored with the token, N times the mean attention probability
+            (1 = uniform); NaN where none is stored: pruned, in the window, or a config that does not select.
+    """
+
+    tier: Tensor
+    score: Tensor
+
+
+def token_map(cache: LeanKVCache, layer_idx: int) -> TokenMap:
+    """Where every token of a layer is, and the significance it has there; reads the cache only, tensors on the CPU.
 
     Raises:
-        ValueError: the layer is not compressed.
+        ValueError: the layer is not compressed, or there is no such layer.
     """
+    if not 0 <= layer_idx < len(cache.layers):
+        raise ValueError(f"layer {layer_idx} is not there: this cache has {len(cache.layers)} layers, from 0")
     layer = cache.layers[layer_idx]
     held: LayerTokens | None = getattr(layer, "tokens", None)
     if held is None:
@@ -148,17 +172,25 @@ def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
     packed, fill = held.packed, held.fill
     batch, heads = fill.batch, held.window.heads
     tiers = torch.zeros(batch * heads, layer.seen + 1, dtype=torch.uint8)  # the last column takes what is no token
+    scores = torch.full(tiers.shape, float("nan"))
     if held.config.selects:
         for tier in range(packed.tiers):
-            filled, parts = packed.slots(tier, ("birth",))
+            filled, parts = packed.slots(tier, ("score", "birth"))
             column = torch.where(filled, parts["birth"].long(), layer.seen).cpu()
             tiers.scatter_(1, column, (HIGH, LOW)[tier])
+            scores.scatter_(1, column, parts["score"].float().cpu())
     else:
-        first = fill.lengths - fill.counts + (0 if fill.pads is None else fill.pads)
-        tiers[:] = (torch.arange(layer.seen + 1) < first.cpu()[:, None]).repeat_interleave(heads, 0) * HIGH
+        end = torch.nn.functional.pad(fill.token_positions, (0, 1), value=fill.seen)[:, :1].cpu()  # [batch, 1]
+        first, place = end - (fill.lengths - fill.counts)[:, None].cpu(), torch.arange(layer.seen + 1)
+        tiers[:] = ((place >= first) & (place < end)).repeat_interleave(heads, 0) * HIGH
     position = torch.where(fill.valid, fill.token_positions, layer.seen).repeat_interleave(heads, 0).cpu()
     tiers.scatter_(1, position, WINDOW)
-    return tiers[:, :-1].view(batch, heads, -1)
+    return TokenMap(tiers[:, :-1].view(batch, heads, -1), scores[:, :-1].view(batch, heads, -1))
+
+
+def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
+    """`token_map(...).tier`: uint8 [batch, kv_heads, tokens] of PRUNED, LOW, HIGH, WINDOW."""
+    return token_map(cache, layer_idx).tier
 
 
 def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
@@ -170,17 +202,18 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
     batch, heads = fill.batch, window.heads
     names = tuple(tier_name(tier) for tier in held.config.tiers)
     lengths = packed.table.lengths.view(batch, heads, 2).long().cpu()
-    counts = [packed.page_counts(t).view(batch, heads).cpu() for t in range(packed.tiers)]
-    tokens, codes, metadata, free = {}, 0, 0, 0
-    head_bytes = torch.zeros(batch, heads, dtype=torch.int64)
+    tokens, codes, metadata, free, shared = {}, 0, 0, 0, 0
+    head_bytes = torch.zeros(batch * heads, dtype=torch.int64)
     for tier, (name, layout) in enumerate(zip(names, packed.layouts, strict=True)):
         tokens[name] = lengths[..., tier]
-        stored = int(lengths[..., tier].sum())
+        row, filled = (x.cpu() for x in pages_once(packed, tier))
+        stored, page_bytes = int(filled.sum()), layout.page_bytes
         code_bytes = layout.meta_start // layout.tokens
         codes += stored * code_bytes
         metadata += stored * (layout.token_bytes - code_bytes)
-        free += int(counts[tier].sum()) * layout.page_bytes - stored * layout.token_bytes
-        head_bytes += counts[tier] * layout.page_bytes
+        free += row.numel() * page_bytes - stored * layout.token_bytes
+        shared += (int(packed.page_counts(tier).sum()) - row.numel()) * page_bytes
+        head_bytes += torch.bincount(row, minlength=batch * heads) * page_bytes
     tokens["window"] = fill.counts.cpu()[:, None].expand(batch, heads)
     real = fill.lengths.cpu()[:, None]
     tokens["pruned"] = real - sum(tokens.values())
@@ -193,8 +226,9 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
         "tables": held.table_bytes,
     }
     exact = int(real.sum()) * heads * (window.k.shape[3] + window.v.shape[3]) * window.k.element_size()
+    pages = head_bytes.view(batch, heads)
     return LayerReport(
-        index, kind, True, None, names, held.rotations, tokens, parts, head_bytes, sum(parts.values()), exact
+        index, kind, True, None, names, held.rotations, tokens, parts, pages, sum(parts.values()), exact, shared
     )
 
 

@@ -104,9 +104,12 @@ def _layer_state(layer: Any, index: int, writer: TensorWriter, fills: list[Fill]
     writer.add(f"{index}.v", window.v[:, :, : fill.most])
     writer.add(f"{index}.lengths", packed.table.lengths)
     for tier, cls in enumerate(packed.classes):
-        writer.add(
-            f"{index}.pages{tier}", packed.pool.gather(cls, packed.table.pages(tier, packed.page_counts(tier))[0])
-        )
+        ids = packed.table.pages(tier, packed.page_counts(tier))[0]
+        if packed.pool.owners is not None:  # a page that rows share is written once
+            ids, page = ids.unique(return_inverse=True)
+            if page.numel() > ids.numel():
+                writer.add(f"{index}.page_of{tier}", page.int())
+        writer.add(f"{index}.pages{tier}", packed.pool.gather(cls, ids))
     if packed.basis.mean is not None:
         writer.add(f"{index}.mean", packed.basis.mean)
         writer.add(f"{index}.has_mean", packed.has_mean)
@@ -162,21 +165,32 @@ def _read_layer(cache: LeanKVCache, index: int, fields: dict[str, Any], reader: 
 def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[Fill], reader: TensorReader) -> None:
     """Put the saved pages in, after making room for those of all layers at once."""
     held: list[tuple[int, LayerTokens, PageTable, list[Tensor]]] = []
+    shared: dict[tuple[int, int], Tensor] = {}  # (layer, tier): which page each entry of a table names
+    work: list[tuple[PackedLayer, list[list[int]]]] = []
     for index, fields in enumerate(states):
         if fields["kind"] == "lean":
             tokens = cache.layers[index].tokens
             tokens.fill = fills[fields["fill"]]
             table = _empty_table(tokens.packed, reader.get(f"{index}.lengths", fields["device"]))
             counts = [table.page_counts(tier, layout.tokens) for tier, layout in enumerate(tokens.packed.layouts)]
+            growth = [[int(n.sum()), 0] for n in counts]
+            for tier in range(len(counts)):
+                page = reader.find(f"{index}.page_of{tier}", fields["device"])
+                if page is not None:
+                    shared[index, tier], growth[tier] = page.long(), [int(page.max()) + 1, 0]
             held.append((index, tokens, table, counts))
+            work.append((tokens.packed, growth))
     for pool in cache.pools:
-        own = [(tokens.packed, counts) for _, tokens, _, counts in held if tokens.packed.pool is pool]
-        cache._reserve_growth(pool, [(packed, [[int(n.sum()), 0] for n in counts]) for packed, counts in own], 0.0)
-    for index, tokens, table, counts in held:
-        packed = tokens.packed
+        cache._reserve_growth(pool, [(packed, growth) for packed, growth in work if packed.pool is pool], 0.0)
+    for (index, tokens, table, counts), (packed, growth) in zip(held, work, strict=True):
         for tier, cls in enumerate(packed.classes):
-            ids = packed.pool.allocate(cls, counts[tier])
+            ids = packed.pool.allocate(cls, torch.tensor(growth[tier][:1]))
             packed.pool.scatter(cls, ids, reader.get(f"{index}.pages{tier}", tokens.device))
+            if (index, tier) in shared:
+                named = ids[shared[index, tier]]
+                packed.pool.share(named)
+                packed.pool.release(cls, ids)  # every mention is an owner, having been allocated is none
+                ids = named
             table.write(tier, *ragged_index(counts[tier]), ids)
         packed.table, packed.widest = table, [int(n.max()) for n in counts]
         packed.changed()

@@ -11,6 +11,7 @@ from torch import Tensor
 from hfkv.fill import Fill
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
+from hfkv.paging.sharing import frozen
 from hfkv.policy import Candidates, Shares, Thresholds, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW
 from hfkv.window import Sequences
@@ -43,7 +44,7 @@ def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
     Raises:
         ValueError: NaN, infinity, or a scale beyond its format, in a window.
     """
-    return [_plan_group(group) for group in _alike(layers)]
+    return [_plan_group(group) for group in alike(layers)]
 
 
 def apply_flush(flush: Flush) -> None:
@@ -56,8 +57,8 @@ def apply_flush(flush: Flush) -> None:
         tokens.queries.clear()
 
 
-def _alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
-    """Layers whose rows can be flushed together, in their order, so many that the temporary memory stays bounded."""
+def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
+    """Layers whose rows can be changed together, in their order, so many that the temporary memory stays bounded."""
     groups: dict[tuple, list[list[LayerTokens]]] = {}
     for tokens in layers:
         packed, config = tokens.packed, tokens.config
@@ -78,21 +79,30 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
     sequences = [Sequences(t.window.k[:, :, : fill.most], t.window.v[:, :, : fill.most], fill) for t in layers]
     packed = PackedRows.stacked([tokens.packed for tokens in layers])
     stored = kernels.stored(packed, first.config.selects)
-    score = _observe(layers, sequences, stored) if first.config.selects else None
+    score = _observe(layers, packed, sequences, stored) if first.config.selects else None
     incoming = incoming_tokens(sequences, leaving, window, score)
     plan = plan_tiers(layers, packed, incoming, stored, fill, rescored=True)
     return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
 
 
-def _observe(layers: list[LayerTokens], sequences: list[Sequences], stored: Stored) -> Tensor:
-    """Score every layer's tokens: those in pages get their new scores in `stored`, the window's are [rows, n]."""
+def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequences], stored: Stored) -> Tensor:
+    """Score every layer's tokens: those in pages get their new scores in `stored`, the window's are [rows, n].
+
+    Tokens in pages that sequences share keep their scores.
+    """
     rows, scores = layers[0].packed.rows, []
-    for _, parts in stored:
+    kept: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+    for tier, (filled, parts) in enumerate(stored):
         parts["score"] = parts["score"].float()
+        shared = frozen(packed, tier, filled.shape[1])
+        if shared is not None:
+            kept.append((parts, shared, parts["score"].clone()))
     for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
         part = slice(index * rows, (index + 1) * rows)
         held = [{name: x[part] for name, x in parts.items()} for _, parts in stored]
         scores.append(tokens.kernels.observe_stored(tokens, own, held))
+    for parts, shared, before in kept:
+        parts["score"] = torch.where(shared, before, parts["score"])
     return torch.cat(scores)
 
 
@@ -154,11 +164,12 @@ def _ask(layers: list[LayerTokens], after: Fill, score: Tensor, birth: Tensor, c
     for group, own_score, own_birth, own_tier in zip(groups, *parts, strict=True):
         shape = (len(group) * after.batch, heads, width)
         length = after.lengths.repeat(len(group))
+        exact = after.counts.clamp(max=group[0].config.window).repeat(len(group))
         candidates = Candidates(
             score=own_score.view(shape),
             birth=own_birth.view(shape),
             tier=own_tier.view(shape),
-            seen=(length - group[0].config.window).clamp_min(0),
+            seen=length - exact,
             length=length,
             tiers=group[0].packed.tiers,
             costs=group[0].costs,

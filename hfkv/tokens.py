@@ -18,11 +18,14 @@ from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.paging.packed import PackedLayer
+from hfkv.paging.rows import PackedRows
+from hfkv.paging.sharing import select_rows
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of
 from hfkv.quant import Codec, PageLayout, rotation
+from hfkv.repeats import chosen, repeated
 from hfkv.tiering import incoming_tokens, plan_tiers
-from hfkv.window import KeptQueries, Window
+from hfkv.window import KeptQueries, Sequences, Window
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
@@ -131,7 +134,8 @@ class LayerTokens:
     def store(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None) -> None:
         """Take a chunk over: into the window if it fits, else pack what each sequence has beyond it.
 
-        Packed tokens of the past stay as they are: what is packed is appended to their pages.
+        Packed tokens of the past stay as they are: what is packed is appended to their pages. Sequences of a first
+        chunk that repeat one another share them.
 
         Args:
             q: the chunk's queries [batch, q_heads, queries, D], which decide its tokens' significance.
@@ -148,15 +152,16 @@ class LayerTokens:
         self.call = call
         sequences = self.window.followed_by(chunk.k, chunk.v, self.fill, after, valid)
         leaving = (after.counts - self.config.window).clamp_min(0)
-        score = None
-        if self.config.selects:
-            score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
-        incoming = incoming_tokens([sequences], leaving, self.config.window, score)
-        stored = self.kernels.stored(self.packed, self.config.selects)
-        plan = plan_tiers([self], self.packed, incoming, stored, after, rescored=False)
-        coded = self.kernels.code(self.packed, plan, incoming)
-        self.cache.reserve(self.packed.pool, [(self.packed, plan)])
-        self.kernels.apply(self.packed, plan, coded)
+        once = repeated(sequences) if lse is None else None
+        if once is None:
+            self._pack(self.packed, sequences, leaving, q, valid, lse)
+        else:
+            distinct, which = once
+            rows = self.packed.empty(distinct.numel() * self.window.heads)
+            real = None if valid is None else valid[distinct]
+            self._pack(rows, chosen(sequences, distinct), leaving[distinct], q[distinct], real, None)
+            select_rows(rows, self.rows_of(which))
+            rows.hand_back([self.packed])
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()
@@ -164,9 +169,45 @@ class LayerTokens:
             self.queries.add_tail(q, after.seen)
             self.cache.request_flush()
 
+    def _pack(
+        self,
+        packed: PackedRows,
+        sequences: Sequences,
+        leaving: Tensor,
+        q: Tensor,
+        valid: Tensor | None,
+        lse: Tensor | None,
+    ) -> None:
+        """Append the first `leaving` int64 [batch] tokens of the sequences to the pages of their rows."""
+        score, call = None, self.call
+        if self.config.selects:
+            assert call is not None
+            score = self.kernels.observe_chunk(sequences, q, valid, call, lse, self.config.observe)
+        incoming = incoming_tokens([sequences], leaving, self.config.window, score)
+        stored = self.kernels.stored(packed, self.config.selects)
+        plan = plan_tiers([self], packed, incoming, stored, sequences.fill, rescored=False)
+        coded = self.kernels.code(packed, plan, incoming)
+        self.cache.reserve(packed.pool, [(packed, plan)])
+        self.kernels.apply(packed, plan, coded)
+
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""
         return Past(self.packed, self.kernels.view(self.packed), self.window, self.fill)
+
+    def follow(self, mask: Tensor, new: int, valid: Tensor | None) -> bool:
+        """Whether a padding mask [batch, 1, 1, tokens] shows just what is held and the valid of `new` tokens.
+
+        Tokens of the window that it hides by now are dropped for that: what generate appends to a sequence that has
+        ended becomes padding in the next turn.
+        """
+        fills = self.cache.fills
+        if fills.agrees(mask, self.fill, new, valid):
+            return True
+        fill, slots = fills.shown(self.fill, mask)
+        if not fills.agrees(mask, fill, new, valid):
+            return False
+        self.window, self.fill = self.window.keep(slots), fill
+        return True
 
     # ---- fewer tokens ------------------------------------------------------------------------------------------------
 
@@ -176,8 +217,7 @@ class LayerTokens:
         self.queries.crop(self.fill.seen, remove)
 
     def select(self, index: Tensor) -> None:
-        """Make sequence i a copy of today's sequence `index[i]`; the pool has room for it."""
-        self.packed.select(self.rows_of(index))
+        """Make what is exact of sequence i a copy of today's sequence `index[i]`; the cache shares the pages."""
         self.window = self.window.select(index)
         self.queries.select(index)
         self.fill = self.cache.fills.selected(self.fill, index)

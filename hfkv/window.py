@@ -84,6 +84,13 @@ class Window:
         kept.v[:, :, :most] = sequences.v.take_along_dim(index, 2)
         return kept
 
+    def keep(self, slots: Tensor) -> Window:
+        """A new window of these slots of every sequence, int64 [batch, n]."""
+        kept, index = Window.like(self.k, self.v, self.capacity), slots[:, None, :, None]
+        kept.k[:, :, : slots.shape[1]] = self.k.take_along_dim(index, 2)
+        kept.v[:, :, : slots.shape[1]] = self.v.take_along_dim(index, 2)
+        return kept
+
     def select(self, index: Tensor) -> Window:
         return Window(self.k[index], self.v[index])
 

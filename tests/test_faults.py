@@ -151,9 +151,9 @@ def used_pages(cache: LeanKVCache) -> int:
 
 
 def pages_of_tables(cache: LeanKVCache) -> int:
-    """Bytes of the pages that the page tables name."""
+    """Bytes of the pages that the page tables name; one that several sequences name counts once."""
     return sum(
-        int(t.packed.page_counts(tier).sum()) * layout.page_bytes
+        t.packed.table.pages(tier, t.packed.page_counts(tier))[0].unique().numel() * layout.page_bytes
         for t in cache.compressed
         for tier, layout in enumerate(t.packed.layouts)
     )

@@ -236,7 +236,7 @@ def test_conversation_of_a_padded_batch(name: str) -> None:
 
     def run(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
         ids = mask = torch.empty(2, 0, dtype=torch.long)
-        for number, lengths in enumerate([(3, 150), (40, 7), (1, 90)]):
+        for number, lengths in enumerate([(3, 150), (40, 7), (12, 20), (1, 90)]):
             question = left_padded(list(lengths), seed=10 * number)
             ids = torch.cat([ids, question["input_ids"]], 1)
             mask = torch.cat([mask, question["attention_mask"]], 1)
@@ -491,3 +491,110 @@ def test_enabled_with_an_assistant() -> None:
     hfkv.enable(assistant, LeanKVConfig.preset("exact"))
     inputs = {"input_ids": prompt(150), "max_new_tokens": NEW_TOKENS, "do_sample": False}
     assert_same_tokens(model.generate(**inputs, assistant_model=assistant), native("llama").generate(**inputs))
+
+
+# ---- sequences that end early
+
+
+def ended_early(steps: int, ends: int, pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Ids and mask of a batch whose second answer ends after `ends` of `steps` tokens, then the next question."""
+    inputs = left_padded([90, 150])
+    free = native("llama").generate(**inputs, max_new_tokens=steps, do_sample=False)
+    ids = free.clone()
+    ids[1, 150 + ends :] = pad
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, steps), value=1)
+    mask[1, 150 + ends :] = 0
+    question = left_padded([12, 20], seed=5)
+    ids, mask = torch.cat([ids, question["input_ids"]], 1), torch.cat([mask, question["attention_mask"]], 1)
+    return inputs["input_ids"], ids, mask, 150 + steps
+
+
+def tiers_without_loss() -> LeanKVCache:
+    coding = {"rotate_keys": False, "rotate_values": False, "shift_keys": False}
+    return LeanKVCache(LeanKVConfig(tiers=("exact", "exact"), high_share=0.3, **coding))
+
+
+def fed(model: PreTrainedModel, cache: Cache, first: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Cache:
+    """The first turn as generate runs it: pads are fed with a mask of ones."""
+    seen = mask[:, :150]
+    with torch.no_grad():
+        model(input_ids=first, attention_mask=seen, position_ids=positions(seen), past_key_values=cache)
+        for step in ids.split(1, dim=1):
+            seen = torch.nn.functional.pad(seen, (0, 1), value=1)
+            where = positions(seen)[:, -1:]
+            model(input_ids=step, attention_mask=seen, position_ids=where, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("make", [exact, tiers_without_loss])
+@pytest.mark.parametrize(("steps", "ends"), [(20, 5), (40, 30), (70, 8), (70, 69), (130, 3), (200, 7)], ids=str)
+def test_a_sequence_that_ended_early_goes_on(steps: int, ends: int, make: Callable[[], LeanKVCache]) -> None:
+    """What was appended to it, pads, is stored as if it were said, packed even, and masked in the next turn."""
+    first, ids, mask, said = ended_early(steps, ends)
+    answers = []
+    for model, cache in ((lean("llama"), make()), (native("llama"), DynamicCache())):
+        fed(model, cache, first, ids[:, 150 : said - 1], mask)
+        answers.append(greedy(model, cache, {"input_ids": ids, "attention_mask": mask}))
+    assert_same_tokens(*answers)
+
+
+@pytest.mark.parametrize("preset", ["k8v4", "balanced", "aggressive"])
+def test_dropped_tokens_give_their_pages_back(preset: str) -> None:
+    first, ids, mask, said = ended_early(200, 7)
+    cache = LeanKVCache(LeanKVConfig.preset(preset))
+    fed(lean("llama"), cache, first, ids[:, 150 : said - 1], mask)
+    before = cache.compressed[0].packed.table.lengths.view(2, 2, 2).sum(-1)
+    with torch.no_grad():
+        lean("llama")(input_ids=ids[:, said - 1 :], attention_mask=mask, past_key_values=cache, use_cache=True)
+    for tokens in cache.compressed:
+        after = tokens.packed.table.lengths.view(2, 2, 2).sum(-1)
+        assert preset == "aggressive" or (after[0] >= before[0]).all()
+        assert (after[1] < before[1]).all()
+        assert tokens.fill.lengths.tolist() == mask.sum(1).tolist()
+    named = sum(
+        int(t.packed.page_counts(i).sum()) * x.page_bytes
+        for t in cache.compressed
+        for i, x in enumerate(t.packed.layouts)
+    )
+    assert sum(pool.used_bytes for pool in cache.pools) == named
+
+
+def test_hidden_tokens_that_cannot_be_dropped() -> None:
+    """Tokens in the midst of a sequence, those that sequences share, and pads that are no longer masked."""
+    model, cache = lean("llama"), exact()
+    with torch.no_grad():
+        model(input_ids=prompt(150), past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(2)
+    held = cache.report().physical_bytes
+    for hidden in (slice(20, 30), slice(60, 150)):
+        mask = torch.ones(2, 151, dtype=torch.long)
+        mask[1, hidden] = 0
+        with pytest.raises(ValueError, match="only the newest of a sequence may be hidden later"), torch.no_grad():
+            model(input_ids=prompt(1, batch=2), attention_mask=mask, past_key_values=cache, use_cache=True)
+        assert (cache.get_seq_length(), cache.report().physical_bytes) == (150, held)
+    mask = torch.ones(2, 151, dtype=torch.long)
+    mask[1, 130:150] = 0
+    with torch.no_grad():
+        model(input_ids=prompt(1, batch=2), attention_mask=mask, past_key_values=cache, use_cache=True)
+        with pytest.raises(ValueError, match="hides tokens of a compressed past"):
+            full = torch.ones(2, 152, dtype=torch.long)
+            model(input_ids=prompt(1, batch=2), attention_mask=full, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(40, 30), (130, 3)], ids=str)
+def test_a_turn_that_fails_after_dropping(steps: int, ends: int) -> None:
+    """What the window had dropped comes back; what pages had dropped stays away, and the turn can be had again."""
+    first, ids, mask, said = ended_early(steps, ends)
+    cache = fed(lean("llama"), exact(), first, ids[:, 150 : said - 1], mask)
+    before = cache.compressed[0].fill
+    cache.config = LeanKVConfig.preset("exact", max_bytes=cache.report().physical_bytes)
+    long = torch.nn.functional.pad(ids, (0, 500), value=7)
+    with pytest.raises(hfkv.OutOfPages), torch.no_grad():
+        seen = torch.nn.functional.pad(mask, (0, 500), value=1)
+        lean("llama")(input_ids=long[:, said - 1 :], attention_mask=seen, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == said - 1
+    assert (cache.compressed[0].fill is before) == (steps == 40)
+    cache.config, cache.pools[0].max_bytes = LeanKVConfig.preset("exact"), None
+    got = greedy(lean("llama"), cache, {"input_ids": ids, "attention_mask": mask})
+    other = fed(native("llama"), DynamicCache(), first, ids[:, 150 : said - 1], mask)
+    assert_same_tokens(got, greedy(native("llama"), other, {"input_ids": ids, "attention_mask": mask}))

@@ -5,12 +5,14 @@ import copy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_pages import check_owners
 
 from hfkv.kernels.compaction import touched_pages
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming, PackedRows
+from hfkv.paging.sharing import select_rows
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout
 
 DIM = 16
@@ -153,18 +155,17 @@ def test_restore_undoes_appending(first, second, random):
     st.randoms(),
 )
 @settings(max_examples=150, deadline=None)
-def test_select_copies_rows(counts, index, random):
+def test_select_shares_rows(counts, index, random):
     layer = packed_layer(3)
     step(layer, counts, [0, 100, 200], random)
     before = tiers_held(layer)
     chosen = torch.tensor(index)
-    demand = layer.select_demand(chosen)
-    layer.pool.reserve({c: max(0, grow - freed) for c, (grow, freed) in zip(layer.classes, demand, strict=True)})
-    layer.select(chosen)
+    used = layer.pool.used_bytes
+    select_rows(layer, chosen)
     assert tiers_held(layer) == [before[i] for i in index]
+    assert layer.pool.used_bytes <= used
     check_bytes(layer)
-    ids = torch.cat([layer.table.pages(t, layer.page_counts(t))[0] * 2 + t for t in range(2)])
-    assert ids.unique().numel() == ids.numel()
+    check_owners(layer.pool, [layer])
 
 
 def compact(layer, counts, births, choose):

@@ -68,16 +68,17 @@ def run(demo: Demo) -> None:
     contest = Contest(demo.model, demo.tokenizer, demo.talk)
     outcomes = [contest.run(contender) for contender in demo.contenders]
     if demo.questions:
-        show.heading("Questions, asked after the prompt was compressed, each on a fork of the same cache")
+        marks = " (+ has the hidden value, - has not)" if demo.notes else ""
+        show.heading(f"Questions, asked after the prompt was compressed, each on a fork of the same cache{marks}")
         for number, question in enumerate(demo.questions):
             show.answers(question, demo.notes[number] if demo.notes else None, number, outcomes)
-    show.heading("A chat that goes on with the same cache")
+    show.heading(f"A chat that goes on with the same cache, at most {demo.talk.lengths.chat} tokens an answer")
     show.chat(demo.turns, outcomes)
     show.heading("Result")
     show.results(outcomes, demo.notes)
     _show_cache(_main_outcome(outcomes))
     _draw(outcomes, demo)
-    print(f"\n{time.perf_counter() - start:.0f} seconds in all.")
+    print(f"\n{time.perf_counter() - start:.0f} seconds in all. Token by token, as a page: python -m hfkv inspect")
 
 
 def _contenders(args: argparse.Namespace) -> list[Contender]:
@@ -110,7 +111,8 @@ def _check_positions(model: PreTrainedModel, talk: Talk) -> None:
 def _introduce(demo: Demo) -> None:
     threads = f", {torch.get_num_threads()} threads" if demo.model.device.type == "cpu" else ""
     print(f"{demo.name}, {demo.model.dtype}, {demo.model.device}{threads}")
-    print(f"Prompt: {len(demo.talk.dialogue.prompt)} tokens, {len(demo.notes)} notes hidden in it.")
+    notes = f", with {len(demo.notes)} made-up facts (notes) hidden in it" if demo.notes else ""
+    print(f"Prompt: {len(demo.talk.dialogue.prompt)} tokens{notes}.")
     if importlib.util.find_spec("matplotlib") is None:
         print(f"matplotlib is missing, so no PNG will be drawn. Install it with: {picture.PLOT_EXTRA}")
 

@@ -13,9 +13,10 @@ from hfkv.demo.texts import Note
 
 _WIDTH = 118
 _EXPLANATION = """
-MiB, of exact: every byte held after the prompt. KL (nats), top-1: next-token probabilities against DynamicCache's, on
-the words of its first chat answer. same start: tokens of that answer before this cache's own first differs from it.
-tokens/s: from the median step of the chat."""
+MiB, of exact: every byte held after the prompt; the share falls with its length, since every layer keeps its newest
+tokens exact, in a short prompt as in a long one. notes: hidden facts whose value the answer has. KL (nats), top-1:
+next-token probabilities against DynamicCache's, on the words of its first chat answer. same start: tokens of that
+answer before this cache's own first differs from it. tokens/s: from the median step of the chat."""
 
 
 def heading(text: str) -> None:

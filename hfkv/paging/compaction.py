@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class Compaction:
         growth: per tier, on the host: pages that rows need anew, and give back.
         widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
         flags: what the check of the incoming tokens found, 0 for nothing.
+        copied: per tier, bool [rows, pages]: shared pages of which a row needs a copy, to change it; None: no page is
+            shared.
+        copies: per tier, on the host: how many pages are copied.
     """
 
     stay: list[Tensor]
@@ -38,6 +41,8 @@ class Compaction:
     growth: list[list[int]]
     widest: list[int]
     flags: int = 0
+    copied: list[Tensor] | None = None
+    copies: list[int] = field(default_factory=list)
 
 
 class TierEdit:
@@ -59,6 +64,7 @@ class TierEdit:
         touched = compaction.touched_pages(self.stay, before, plan.lengths[:, tier], tokens)
         self.row, self.index = touched.nonzero(as_tuple=True)
         self.ids = self.table.lookup(tier, self.row, self.index)
+        self.copied = None if plan.copied is None else plan.copied[tier][self.row, self.index]
         self.pages = self.pool.gather(self.cls, self.ids)
         width = max(touched.shape[1], plan.widest[tier])
         self.position = torch.zeros(counts.numel(), width, dtype=torch.int64, device=self.ids.device)
@@ -86,9 +92,17 @@ class TierEdit:
         compaction.clear(self.layout, self.pages, free)
 
     def exchange(self, table: PageTable) -> None:
-        """Give back the pages that rows no longer need and take those that they need anew, into `table`."""
+        """Give back the pages that rows no longer need and take those that they need anew, into `table`.
+
+        A row that changes a shared page puts what it has made of it into a page of its own.
+        """
         stays = self.index < self.needed[self.row]
         self.pool.release(self.cls, self.ids[~stays])
+        if self.copied is not None:
+            self.pool.release(self.cls, self.ids[self.copied])
+            own = self.pool.allocate(self.cls, self.copied.long().sum()[None])
+            self.ids[self.copied] = own
+            table.write(self.tier, self.row[self.copied], self.index[self.copied], own)
         demand = (self.needed - self.counts).clamp_min(0)
         row, index = ragged_index(demand)
         index = index + self.counts[row]

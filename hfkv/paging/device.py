@@ -34,14 +34,28 @@ def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming)
     return flags
 
 
+def take_copies(rows: PackedRows, plan: Compaction) -> PageTable:
+    """The table with copies in the place of shared pages that are to change."""
+    if plan.copied is None or rows.pool.owners is None:
+        return rows.table
+    table, extra = rows.table.clone(), rows.pool.owners.extra
+    for tier, (cls, copied) in enumerate(zip(rows.classes, plan.copied, strict=True)):
+        if plan.copies[tier]:
+            old = TierPages(rows.table.ids, rows.pool.chunk_addresses, rows.layouts[tier], tier)
+            compaction.copy_pages(old, table.ids, copied, extra, *rows.pool.free_list(cls))
+            rows.pool.note_exchange(cls, 0, plan.copies[tier])
+    return table
+
+
 def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> None:
     """Do what was planned; the pool must have room for it, and `check_incoming` must have found nothing."""
     pool, tokens, tiers = rows.pool, rows.layouts[0].tokens, range(rows.tiers)
+    before = take_copies(rows, plan)
     counts = [rows.page_counts(tier) for tier in tiers]
     needed = [pages_for(plan.lengths[:, tier], tokens) for tier in tiers]
     kept = [stay.sum(1) for stay in plan.stay]
-    table = rows.table.widened(rows.width_for(plan), counts[0])
-    old = [TierPages(rows.table.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
+    table = before.widened(rows.width_for(plan), counts[0])
+    old = [TierPages(before.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
     new = [pages._replace(ids=table.ids) for pages in old]
     flags = torch.zeros(1, dtype=torch.int32, device=pool.device)
 
@@ -57,7 +71,7 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
         settle(1)
     for tier in reversed(tiers):
         free_list = pool.free_list(rows.classes[tier])
-        compaction.exchange_pages(tier, rows.table.ids, table.ids, counts[tier], needed[tier], *free_list)
+        compaction.exchange_pages(tier, before.ids, table.ids, counts[tier], needed[tier], *free_list)
         pool.note_exchange(rows.classes[tier], plan.growth[tier][1], plan.growth[tier][0])
     if plan.demoted is not None:
         compaction.recode_tokens(old[0], new[1], ranked(plan.demoted, kept[1]), flags)

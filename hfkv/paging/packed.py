@@ -10,7 +10,7 @@ from hfkv.kernels.decode_attention import BLOCK_TOKENS, PageBlock, WorkList
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import PackedRows
-from hfkv.paging.table import PageTable, ragged_index
+from hfkv.paging.table import PageTable
 from hfkv.quant import PageLayout
 
 PADDING = 0.25
@@ -89,43 +89,19 @@ class PackedLayer(PackedRows):
     def restore(self, table: PageTable) -> None:
         """Return to an earlier table after tokens were only appended: give new pages back, empty the new slots."""
         for tier, (cls, layout) in enumerate(zip(self.classes, self.layouts, strict=True)):
-            ids, row, index = self.table.pages(tier, self.page_counts(tier))
             counts = table.page_counts(tier, layout.tokens)
-            self.pool.release(cls, ids[index >= counts[row]])
+            now, row, index = self.table.pages(tier, self.page_counts(tier))
+            fresh = now[index >= counts[row]]
             ids, row, index = table.pages(tier, counts)
+            now = self.table.lookup(tier, row, index)
+            left = ids != now  # pages that other rows share, of which a copy was made
+            self.pool.share(ids[left])
+            self.pool.release(cls, torch.cat([fresh, now[left]]))
             pages = self.pool.gather(cls, ids)
             slot = index[:, None] * layout.tokens + torch.arange(layout.tokens, device=ids.device)
             compaction.clear(layout, pages, slot >= table.lengths[row, tier][:, None])
             self.pool.scatter(cls, ids, pages)
         self.table, self._work = table, None
-
-    def select(self, index: Tensor) -> None:
-        """Make row i a copy of today's row `index[i]`, int64 [rows]; the pool must have room for `select_demand`."""
-        fresh = PageTable(index.numel(), self.pool.device)
-        fresh.lengths = self.table.lengths[index]
-        fresh.ids = self.table.ids[index]
-        copies = []
-        for tier, cls in enumerate(self.classes):
-            counts = fresh.page_counts(tier, self.layouts[tier].tokens)
-            copies.append((counts, self.pool.gather(cls, fresh.pages(tier, counts)[0])))
-        for tier, cls in enumerate(self.classes):
-            self.pool.release(cls, self.table.pages(tier, self.page_counts(tier))[0])
-        for tier, (cls, (counts, pages)) in enumerate(zip(self.classes, copies, strict=True)):
-            ids = self.pool.allocate(cls, counts)
-            self.pool.scatter(cls, ids, pages)
-            fresh.write(tier, *ragged_index(counts), ids)
-        self.table, self._work = fresh, None
-        self.has_mean = self.has_mean[index]
-        if self.basis.mean is not None:
-            self.basis.mean = self.basis.mean[index]
-
-    def select_demand(self, index: Tensor) -> list[list[int]]:
-        """Pages per tier that `select` needs anew and gives back, as `Compaction.growth`."""
-        growth = []
-        for tier in range(self.tiers):
-            counts = self.page_counts(tier)
-            growth.append([int(counts[index].sum()), int(counts.sum())])
-        return growth
 
     def release(self) -> None:
         """Give all pages back."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfkv.paging.owners import SLOT_BITS, Owners
 from hfkv.quant import PageLayout
 
-SLOT_BITS = 10
 WORD = 8
 CHUNK_RANGE = (32 << 10, 1 << 20)
 MIN_PAGES = 8
@@ -52,6 +52,10 @@ class PagePool:
     Args:
         device: where the memory lies.
         max_bytes: limit of the pool's memory in bytes, or None.
+
+    Attributes:
+        owners: who shares pages; None while every page in use has one owner.
+        copied_bytes: bytes of pages copied so far, since a row was to change one that others share.
     """
 
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
@@ -67,6 +71,8 @@ class PagePool:
         self._arena_of = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks]
         self._offset_of = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] words into the arena
         self.chunk_addresses = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] bytes, for kernels
+        self.owners: Owners | None = None
+        self.copied_bytes = 0
 
     def __setstate__(self, state: dict) -> None:
         """A copied or unpickled pool lies elsewhere in memory."""
@@ -91,8 +97,9 @@ class PagePool:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of free lists and chunk tables."""
+        """Bytes of free lists, chunk tables and owners."""
         lists = sum(c.ring.nbytes + c.pointers.nbytes for c in self._classes)
+        lists += 0 if self.owners is None else self.owners.nbytes
         chunks = (self._used, self._arena_of, self._offset_of, self.chunk_addresses)
         return lists + sum(x.nbytes for x in chunks)
 
@@ -113,8 +120,9 @@ class PagePool:
             self._check_fits(layout)
         ring = torch.zeros(0, dtype=torch.int32, device=self.device)
         pointers = torch.zeros(2, dtype=torch.int64, device=self.device)
-        per_chunk = self.chunk_bytes // layout.page_bytes if self.chunk_bytes else 0
+        per_chunk = min(self.chunk_bytes // layout.page_bytes, 1 << SLOT_BITS) if self.chunk_bytes else 0
         self._classes.append(_PageClass(layout, per_chunk, ring, pointers))
+        self._fit_owners()
         return len(self._classes) - 1
 
     # ---- allocate and release ------------------------------------------------------------------------------------
@@ -159,7 +167,9 @@ class PagePool:
         return ids
 
     def release(self, cls: int, ids: Tensor) -> None:
-        """Give pages back, ids int32 [n]; their metadata becomes zero."""
+        """One owner less for every page in ids int32 [n]; those without any go back, their metadata becomes zero."""
+        if self.owners is not None:
+            ids = self.owners.leave(ids)
         page_class, total = self._classes[cls], ids.numel()
         if total == 0:
             return
@@ -169,6 +179,18 @@ class PagePool:
         page_class.pointers[1] += total
         page_class.free += total
         self._used.index_add_(0, ids >> SLOT_BITS, -torch.ones_like(ids))
+
+    def share(self, ids: Tensor) -> None:
+        """One owner more for every page in use that ids int32 [n] names, as often as it is named."""
+        if ids.numel():
+            if self.owners is None:
+                self.owners = Owners(0, 0, self.device)
+                self._fit_owners()
+            self.owners.join(ids)
+
+    def _fit_owners(self) -> None:
+        if self.owners is not None:
+            self.owners.fit(len(self._owner), max(c.per_chunk for c in self._classes))
 
     def free_list(self, cls: int) -> tuple[Tensor, Tensor, Tensor]:
         """What kernels exchange pages by: ring int32 [size], pointers int64 [head, tail], used pages int32 [chunks]."""
@@ -289,7 +311,8 @@ class PagePool:
     def _grow(self, chunks: int, slack: float) -> None:
         room = None
         if self.max_bytes is not None:
-            tables = 24 + 5 * max(c.per_chunk for c in self._classes)  # bytes that a chunk adds to lists and tables
+            slots = max(c.per_chunk for c in self._classes)
+            tables = 24 + (5 if self.owners is None else 9) * slots  # bytes that a chunk adds to lists and tables
             room = (self.max_bytes - self.physical_bytes) // (self.chunk_bytes + tables)
             if room < chunks:
                 raise OutOfPages(
@@ -313,6 +336,7 @@ class PagePool:
             self._arena_of = torch.nn.functional.pad(self._arena_of, pad)
             self._offset_of = torch.nn.functional.pad(self._offset_of, pad)
             self.chunk_addresses = torch.nn.functional.pad(self.chunk_addresses, pad)
+            self._fit_owners()
         arena.chunks = [self._unborn.pop() for _ in range(chunks)]
         index = torch.tensor(arena.chunks, device=self.device)
         self._arena_of[index] = number

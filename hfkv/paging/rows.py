@@ -16,6 +16,7 @@ from hfkv.kernels.compaction import pages_for
 from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
+from hfkv.paging.sharing import Copies, frozen
 from hfkv.paging.table import PageTable
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout
 
@@ -42,8 +43,9 @@ class Incoming:
         if bool(entering.all()):  # all of them, as they lie
             row = torch.arange(rows, device=entering.device).repeat_interleave(n)
             return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
-        row, column = entering.nonzero(as_tuple=True)
-        return self.k[row, column], self.v[row, column], row, self.score[row, column], self.birth[row, column]
+        flat = entering.flatten().nonzero().squeeze(1)
+        k, v, score, birth = (x.flatten(0, 1).index_select(0, flat) for x in (self.k, self.v, self.score, self.birth))
+        return k, v, flat // n, score, birth
 
 
 class PackedRows:
@@ -66,6 +68,11 @@ class PackedRows:
         self.shift = shift
         self.has_mean = torch.zeros(self.rows, dtype=torch.bool, device=pool.device)
         self.widest = [0] * len(layouts)
+
+    def empty(self, rows: int) -> PackedRows:
+        """So many rows of this kind that hold nothing yet."""
+        basis = Basis(self.basis.key, self.basis.value, None)
+        return PackedRows(self.pool, self.layouts, PageTable(rows, self.pool.device), basis, self.shift)
 
     @classmethod
     def stacked(cls, parts: Sequence[PackedRows]) -> PackedRows:
@@ -130,19 +137,23 @@ class PackedRows:
         rescored: bool = True,
         check: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> Compaction:
-        """Turn a policy's answer into a compaction.
+        """Turn a policy's answer into a compaction; tokens of shared pages stay where they are.
 
         Args:
             target: int8 [rows, stored slots of tier 0, of tier 1, incoming], the tier every token shall have.
             current: same shape; EMPTY marks slots without a token.
-            scores: scores of the stored tokens, per tier [rows, slots].
+            scores: scores of the stored tokens, per tier [rows, slots]; those of shared pages as they are stored.
             rescored: whether the scores differ from those stored.
             check: looks at the tokens that enter each tier, bool [rows, n], and returns flags int32 [1] of what cannot
                 be coded; they come to the host together with the page counts.
         """
         widths = [s.shape[1] for s in scores]
         widths.append(target.shape[1] - sum(widths))
-        wanted, now = target.split(widths, 1), current.split(widths, 1)
+        wanted, now = list(target.split(widths, 1)), current.split(widths, 1)
+        for tier in range(self.tiers):
+            shared = frozen(self, tier, widths[tier])
+            if shared is not None:
+                wanted[tier] = torch.where(shared, now[tier], wanted[tier])
         stay = [(now[t] != EMPTY) & (wanted[t] == (HIGH, LOW)[t]) for t in range(self.tiers)]
         demoted = (now[0] != EMPTY) & (wanted[0] == LOW) if self.tiers == 2 else None
         entering = [(now[-1] == NEW) & (wanted[-1] == (HIGH, LOW)[t]) for t in range(self.tiers)]
@@ -157,13 +168,18 @@ class PackedRows:
             needed.amax(0),
             needed.sum(1).amax()[None],
         )
+        copies = Copies.of(self, stay, lengths, needed)
         flags = () if check is None else (check(entering).long(),)
-        numbers = torch.cat((*summary, *flags)).tolist()  # the one look of the host at a compaction
+        numbers = torch.cat((*summary, *copies.numbers, *flags)).tolist()  # the one look of the host at a compaction
         growth = [numbers[tier : 2 * self.tiers : self.tiers] for tier in range(self.tiers)]
         if len(set(self.classes)) < self.tiers:  # one free list: there is room in whatever order tiers use it
             growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
-        widest, found = numbers[2 * self.tiers : 3 * self.tiers + 1], numbers[3 * self.tiers + 1 :]
-        return Compaction(stay, demoted, entering, lengths, scores if rescored else None, growth, widest, sum(found))
+        widest, rest = numbers[2 * self.tiers : 3 * self.tiers + 1], numbers[3 * self.tiers + 1 :]
+        rest = copies.count(rest)
+        new_scores = scores if rescored else None
+        return Compaction(
+            stay, demoted, entering, lengths, new_scores, growth, widest, sum(rest), copies.pages, copies.counts
+        )
 
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
@@ -199,7 +215,7 @@ class PackedRows:
             if plan.scores is not None:
                 self.rescore(tier, counts[tier], plan.scores[tier])
             edit = TierEdit(self.pool, self.classes[tier], self.table, tier, plan, counts[tier])
-            if tier == 0 and plan.demoted is not None:
+            if tier == 0 and plan.demoted is not None and plan.demoted.shape[1]:
                 arriving[1].insert(0, edit.demoted(self.layouts[1], plan.demoted))
             edit.close_holes()
             edit.exchange(table)
@@ -210,6 +226,8 @@ class PackedRows:
 
     def exchanged(self, plan: Compaction, table: PageTable) -> None:
         """Go on with the table that a compaction has made."""
+        for layout, copies in zip(self.layouts, plan.copies, strict=False):
+            self.pool.copied_bytes += copies * layout.page_bytes
         self.table, self.widest = table, plan.widest[: self.tiers]
         self.changed()
 

@@ -15,6 +15,7 @@ from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming
+from hfkv.paging.sharing import frozen
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout, rotation
 
 
@@ -47,12 +48,18 @@ def flush(layer, counts, first, generator, weights, on_device):
     choice = torch.tensor([HIGH, LOW, PRUNED])[choice[: current.numel()]].view(current.shape)
     target = torch.where((current == LOW) & (choice == HIGH), LOW, choice)
     scores = [torch.rand(f.shape, generator=generator) for f in filled]
+    for tier, f in enumerate(filled):
+        shared = frozen(layer, tier, f.shape[1])
+        if shared is not None and layer.layouts[tier].scored:
+            scores[tier] = torch.where(shared, layer.slots(tier, ("score",))[1]["score"].float(), scores[tier])
     check = (lambda entering: check_incoming(layer, entering, fresh)) if on_device else None
     plan = layer.plan(target, current, scores, check=check)
     assert plan.flags == 0
     needed = {}
     for cls, (grow, _) in zip(layer.classes, plan.growth, strict=True):
         needed[cls] = needed.get(cls, 0) + grow
+    for cls, copies in zip(layer.classes, plan.copies, strict=False):
+        needed[cls] += copies
     layer.pool.reserve(needed)
     if on_device:
         apply_on_device(layer, plan, fresh)

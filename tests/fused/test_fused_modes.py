@@ -46,6 +46,22 @@ def saved(model, cache, path):
     return model.generate(torch.cat([PROMPT, ROWS[:1, :1]], 1), past_key_values=other, **STEPS)
 
 
+def turns(model, cache):
+    """What the second row said is padding in the next turn; pads stand before the first one's question."""
+    said = model.generate(ROWS, attention_mask=SHORT, past_key_values=cache, **STEPS | dict(max_new_tokens=12))
+    ids = torch.cat([said, torch.tensor([[0, 5], [7, 9]])], 1)
+    mask = torch.cat([SHORT, torch.ones(2, 12), torch.tensor([[0, 1], [1, 1]])], 1).long()
+    mask[1, -13:-2] = 0  # ten of them are stored, two of these packed
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **STEPS | dict(max_new_tokens=5))
+
+
+def answers(model, cache):
+    """One prompt, several answers, in prompts of a padded batch."""
+    torch.manual_seed(1)
+    options = dict(attention_mask=SHORT, num_return_sequences=2, **STEPS | dict(do_sample=True, max_new_tokens=6))
+    return model.generate(ROWS, past_key_values=cache, **options)
+
+
 CASES = {
     "padded": (llama, "balanced", lambda m, c, _: m.generate(ROWS, attention_mask=SHORT, past_key_values=c, **STEPS)),
     "beams": (llama, "balanced", lambda m, c, _: m.generate(PROMPT, past_key_values=c, num_beams=3, **STEPS)),
@@ -57,6 +73,8 @@ CASES = {
     "chunked": (llama, "k8v4", lambda m, c, _: m.generate(PROMPT, past_key_values=c, prefill_chunk_size=11, **STEPS)),
     "fork": (llama, "balanced", lambda m, c, _: fork(m, c)),
     "saved": (llama, "balanced", saved),
+    "turns": (llama, "balanced", lambda m, c, _: turns(m, c)),
+    "answers": (llama, "balanced", lambda m, c, _: answers(m, c)),
     "sinks": (gpt_oss, "k8v4", lambda m, c, _: m.generate(ROWS, attention_mask=SHORT, past_key_values=c, **STEPS)),
     "G8-D80": (lambda: llama(8, 1, 80), "aggressive", lambda m, c, _: m.generate(PROMPT, past_key_values=c, **STEPS)),
     "minmax-D72": (lambda: llama(2, 2, 72), "paper", lambda m, c, _: m.generate(PROMPT, past_key_values=c, **STEPS)),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hfkv.kernels import compaction
 from hfkv.kernels.quantize_pack import Basis, pack_tokens
@@ -94,6 +96,29 @@ def test_vectors_of_zeros_and_constants():
     case[6][:, 1::4] = 3.0
     got, want, _ = both(*case)
     assert (got != want).float().mean() < 2e-4
+
+
+@given(
+    st.sampled_from(
+        [("fitted", (8, 4)), ("fitted", (4, 2)), ("fitted", (3, 3)), ("minmax", (4, 2)), ("fitted", "exact")]
+    ),
+    st.floats(-3, 6),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=25, deadline=None)
+def test_looking_without_storing_flags_what_storing_does(codec, power, seed):
+    """A norm that is safe spares the quantising: no flag is lost by that, whatever the vectors' size."""
+    scheme, tiers = codec
+    pool, layout, _, tier, table, basis, k, v, score, birth, slots = make(
+        tiers, (32, 32), torch.float32, scheme, rows=1, n=9, seed=seed
+    )
+    spread = 10**power * torch.rand(9, 1, generator=torch.Generator().manual_seed(seed)) ** 3
+    found = []
+    for store in (True, False):
+        found.append(torch.zeros(1, dtype=torch.int32))
+        pages = TierPages(table.ids, pool.chunk_addresses, layout, tier)
+        pack_rows(pages, basis, k * spread, v * spread, score, birth, slots, found[-1], store=store)
+    assert int(found[0]) == int(found[1])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,19 @@ def test_exact_equals_dynamic_cache_in_float32():
 
 
 @on_device
+def test_beams_share_pages_and_equal_dynamic_cache():
+    """Through several flushes, each of which copies the pages that beams share and are about to append to."""
+    ids, options = random_ids(1, 700), dict(num_beams=4, max_new_tokens=NEW, do_sample=False)
+    want = random_llama(torch.float32, "sdpa").generate(ids, past_key_values=DynamicCache(), **options)
+    cache = LeanKVCache(LeanKVConfig.preset("exact"))
+    got = random_llama(torch.float32, "leankv").generate(ids, past_key_values=cache, **options)
+    assert torch.equal(got, want), f"{(got != want).sum()} of {want.numel()} tokens differ"
+    held = sum(pool.used_bytes for pool in cache.pools)
+    assert sum(pool.copied_bytes for pool in cache.pools) > 0
+    assert cache.report().shared_bytes > held, "beams have a prompt in common, which takes little of one copy"
+
+
+@on_device
 def test_exact_logits_in_half_precision():
     """As near to DynamicCache's as rounding in another order allows: twice what the CPU shows."""
     for dtype in (torch.float16, torch.bfloat16):

@@ -2,6 +2,7 @@
 
 The steps, each one launch over all rows of all layers of a flush; prefix sums between them are torch's:
 
+    copy      shared pages that are to change, to pages of the row's own
     rescore   new scores into the pages
     move      tier 1: fill holes from the tail              (its sources lie behind what the rows keep: no conflicts)
     clear     tier 1: no metadata behind what the rows keep
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfkv.kernels.triton.constants import AFFINE, DTYPES, EXACT, LARGEST_HALF, MINMAX, SLOT_BITS
+from hfkv.kernels.triton.constants import AFFINE, DTYPES, EXACT, LARGEST_HALF, MINMAX, SLOT_BITS, SLOT_MASK
 from hfkv.kernels.triton.quantize_pack import (
     TierPages,
     byte_offset,
@@ -245,6 +246,28 @@ def allocate_kernel(
 
 
 @triton.jit
+def copy_kernel(
+    ranks, old_table, new_table, width, addresses, extra, slots, ring, size, pointers, used, pages,
+    TIER: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows, pages): ranks int32 [rows, pages], which page from the head of the ring a page is copied to."""
+    row, page = tl.program_id(0), tl.program_id(1)
+    rank = tl.load(ranks + row.to(tl.int64) * pages + page)
+    if rank >= 0:
+        place = row.to(tl.int64) * width + (page if TIER == 0 else width - 1 - page)
+        old, new = tl.load(old_table + place), tl.load(ring + (tl.load(pointers) + rank) % size)
+        source = tl.load(addresses + (old >> SLOT_BITS)) + (old & SLOT_MASK).to(tl.int64) * PAGE_BYTES
+        target = tl.load(addresses + (new >> SLOT_BITS)) + (new & SLOT_MASK).to(tl.int64) * PAGE_BYTES
+        for first in range(0, PAGE_BYTES // 8, BLOCK):
+            word = first + tl.arange(0, BLOCK)
+            data = tl.load((source + word * 8).to(tl.pointer_type(tl.int64)), mask=word < PAGE_BYTES // 8, other=0)
+            tl.store((target + word * 8).to(tl.pointer_type(tl.int64)), data, mask=word < PAGE_BYTES // 8)
+        tl.store(new_table + place, new)
+        tl.atomic_add(used + (new >> SLOT_BITS), 1)
+        tl.atomic_add(extra + (old >> SLOT_BITS).to(tl.int64) * slots + (old & SLOT_MASK), -1)
+
+
+@triton.jit
 def load_vectors(
     base, inside, ok, feature, real, element,
     KIND: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
@@ -394,6 +417,26 @@ def clear_slots(pages: TierPages, kept: Tensor, counts: Tensor, needed: Tensor, 
         **page_constants(layout), META=layout.meta_start, ZERO_START=layout.zero_start,
         **dict(zip(("KS", "VS", "KZ", "VZ", "SB", "BB"), sizes, strict=True)), num_warps=2,
     )  # fmt: skip
+
+
+def copy_pages(
+    old: TierPages, new: Tensor, copied: Tensor, extra: Tensor, ring: Tensor, pointers: Tensor, used: Tensor
+) -> None:
+    """Copy pages to such from the ring, which take their places in the table `new`, int32 [rows, width].
+
+    Args:
+        old: the pages so far.
+        copied: bool [rows, pages], those that are copied.
+        extra: int32 [chunks, slots], owners of every page beyond its first; a page that is copied loses one.
+        ring, pointers, used: as in `exchange_pages`.
+    """
+    total = copied.flatten().cumsum(0)
+    ranks = torch.where(copied, total.view(copied.shape) - 1, -1).int()
+    copy_kernel[copied.shape](
+        ranks, old.ids, new, new.shape[1], old.addresses, extra, extra.shape[1], ring, ring.shape[0], pointers, used,
+        copied.shape[1], TIER=old.tier, PAGE_BYTES=old.layout.page_bytes, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    pointers[0] += total[-1]
 
 
 def exchange_pages(

@@ -90,6 +90,16 @@ def page_constants(layout: PageLayout) -> dict[str, Any]:
     }
 
 
+def safe_norm(codec: Codec) -> float:
+    """Norm r up to which every vector can be coded, whatever it is.
+
+    A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer to
+    zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
+    """
+    levels = 2**codec.bits - 1
+    return {"exact": 1e18, "affine": 35.0 * (levels - 0.5), "fitted": 35.0, "minmax": 32000.0}[codec.kind]
+
+
 # ---- addresses ---------------------------------------------------------------------------------------------------
 
 
@@ -235,21 +245,35 @@ def store_vectors(
 def pack_kernel(
     x_ptr, stride_row, stride_token, rotation, mean, slots, scores, births, table, width, addresses, flags, n,
     TIER: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr, DIMP: tl.constexpr, ROTATE: tl.constexpr,
-    SHIFT: tl.constexpr, SCORED: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    SHIFT: tl.constexpr, SCORED: tl.constexpr, STORE: tl.constexpr, SAFE: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr, KIND: tl.constexpr,
     BITS: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr, GAUSS: tl.constexpr, PADDED: tl.constexpr,
     SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, ROWS: tl.constexpr, ELEMENT: tl.constexpr,
     START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows, blocks of tokens)."""
+    """Grid (rows, blocks of tokens). Without STORE tokens whose norm shows that they can be coded are not quantised."""
     row = tl.program_id(0)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = row.to(tl.int64) * n + token
     slot = tl.load(slots + place, mask=token < n, other=-1)
     ok = slot >= 0
-    if tl.max(slot, 0) >= 0:
+    source = x_ptr + row.to(tl.int64) * stride_row + token.to(tl.int64) * stride_token
+    doubtful = tl.max(slot, 0) >= 0
+    if not STORE:
+        energy = tl.zeros((BLOCK,), tl.float32)
+        shift = 0.0
+        for first in range(0, DIMP, STEP):
+            d = first + tl.arange(0, STEP)
+            part = tl.load(source[:, None] + d[None, :], mask=ok[:, None] & (d < DIM)[None, :], other=0.0)
+            energy += tl.sum(part.to(tl.float32) * part.to(tl.float32), 1)
+            if SHIFT:
+                centre_part = tl.load(mean + row.to(tl.int64) * DIM + d, mask=d < DIM, other=0.0)
+                shift += tl.sum(centre_part * centre_part, 0)
+        room = SAFE - tl.sqrt(shift + energy * 0.0)
+        doubtful = tl.max(tl.where((room > 0) & (energy <= room * room), 0, 1), 0) > 0  # NaN is doubtful
+    if doubtful:
         feature, real = features_of(SLICES, W, WP, DIM)
-        source = x_ptr + row.to(tl.int64) * stride_row + token.to(tl.int64) * stride_token
         if ROTATE:
             x = tl.zeros((BLOCK, SLICES * WP), tl.float32)
             for first in range(0, DIMP, STEP):
@@ -315,7 +339,8 @@ def pack_rows(
             x, x.stride(0), x.stride(1), turn, mean, slots, score, birth, pages.ids, pages.ids.shape[1],
             pages.addresses, flags, n, TIER=pages.tier, VALUE=value, DIM=dim, DIMP=power_of_two(dim),
             ROTATE=turn is not None, SHIFT=mean is not None, SCORED=pages.layout.scored and not value, STORE=store,
-            BLOCK=BLOCK, STEP=16, **page_constants(pages.layout), **side_constants(pages.layout, side), num_warps=4,
+            SAFE=safe_norm(getattr(pages.layout, side)), BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
+            **side_constants(pages.layout, side), num_warps=4,
         )  # fmt: skip
 
 
