@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from emulated_graph import EmulatedGraph, HostRead, NoHostReads, storage_of
+from families import lean, left_padded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import CLOSE, FEW, IDS, PADDED, SMALL, assert_same, begun, difference, fresh, held, llama, step
@@ -57,6 +58,19 @@ def test_generate_says_the_same(preset, batch):
     assert f"{report.replayed} replayed" in str(report)
     sizes = recorded.report(), plain.report()
     assert 0 < sizes[0].physical_bytes - sizes[1].physical_bytes == recorded.decode_step.nbytes
+
+
+@pytest.mark.parametrize("name", ["cohere", "gpt-neox", "gpt2", "mixtral", "olmoe", "phi", "qwen3"])
+def test_families_replay(name):
+    """Learned positions, parallel blocks, experts, norms of queries: nothing that a recording would freeze."""
+    model, tokens = lean(name), []
+    for compiled in (False, True):
+        if compiled:
+            install(model, EmulatedGraph)
+        more = dict(past_key_values=LeanKVCache(LeanKVConfig.preset("exact")), max_new_tokens=12, do_sample=False)
+        tokens.append(model.generate(**left_padded([20, 50]), **more))
+    assert torch.equal(*tokens)
+    assert hfkv.decode_report(model).replayed == 9
 
 
 def beams(model, cache):

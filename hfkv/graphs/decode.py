@@ -160,12 +160,13 @@ class CompiledDecode:
         """Why this cache's steps cannot be captured now; the ones that last are said once in the log."""
         held = [layer.tokens if isinstance(layer, LeanKVLayer) else None for layer in cache.layers]
         if not any(tokens is not None for tokens in held):
-            return "a cache without compressed layers" if cache.plain_reasons else "an empty cache"
+            why = next(iter(cache.plain_reasons.values()), None)
+            return "an empty cache" if why is None else self._say(f"no layer of the cache is compressed: {why}")
         for index, tokens in enumerate(held):
             if tokens is None:
                 why = cache.plain_reasons.get(index, "it has no tokens yet")
                 return self._say(
-                    f"layer {index} (and others alike) is not compressed, and its own step cannot be replayed: {why}"
+                    f"layer {index} (and others alike) keeps its state where a replay cannot add to it: {why}"
                 )
         first = held[0]
         assert first is not None

@@ -116,12 +116,12 @@ def test_grown_tables_are_recorded_anew():
         control = copy.deepcopy(cache)
         cache.crop(-1)  # what changes tables makes new fills too
         control.crop(-1)
-        install_free = type(model).forward
+        plain_forward = type(model).forward
         for token in range(5, 9):
             ids = torch.full((2, 1), token)
             with NoHostReads() if token > 7 else torch.no_grad():
                 got = model(input_ids=ids, past_key_values=cache).logits
-            assert torch.equal(got, install_free(model, input_ids=ids, past_key_values=control).logits)
+            assert torch.equal(got, plain_forward(model, input_ids=ids, past_key_values=control).logits)
     assert hfkv.decode_report(model).captured == 2
 
 
