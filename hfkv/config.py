@@ -12,6 +12,7 @@ from typing import Any
 EXACT = "exact"
 BITS = (8, 4, 3, 2)
 CODECS = ("fitted", "minmax")
+REPACKS = ("none", "greedy", "median", "bucket")
 PAGE_TOKENS = (32, 64)
 MAX_LAYERS = 1024
 
