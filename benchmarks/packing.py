@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from hfkv.config import REPACKS
 from hfkv.demo import smollm2
 from hfkv.demo.measures import Agreement, agreement, mean_agreement
 from hfkv.demo.texts import Continuation, continuations
-from hfkv.kernels.packing import BLOCK, PACK, PackedSide, measure, repack
+from hfkv.kernels.packing import measure, repack
+from hfkv.packing import BLOCK, PACK, REPACKS, PackedSide
 from hfkv.quant import Codec, decode, encode, rotation, top_code, unpack_codes
 
 TABLE, LAYERS, KEPT = RESULTS / "packing.csv", RESULTS / "packing_layers.csv", RESULTS / "packing.jsonl"

@@ -15,9 +15,10 @@ from hfkv.attention import register  # noqa: E402  (an old transformers lacks wh
 from hfkv.cache import LeanKVCache  # noqa: E402
 from hfkv.config import LeanKVConfig  # noqa: E402
 from hfkv.enable import disable, enable  # noqa: E402
+from hfkv.packing import Packed  # noqa: E402
 from hfkv.paging.pool import OutOfPages  # noqa: E402
 from hfkv.report import Report  # noqa: E402
 
-__all__ = ["LeanKVCache", "LeanKVConfig", "OutOfPages", "Report", "__version__", "disable", "enable"]
+__all__ = ["LeanKVCache", "LeanKVConfig", "OutOfPages", "Packed", "Report", "__version__", "disable", "enable"]
 
 register()

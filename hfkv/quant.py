@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hfkv.config import EXACT, Tier
+from hfkv.packing import Packed, PackedSide, PackFormat
 
 HIGH, LOW, PRUNED, NEW, EMPTY = 0, 1, 2, 3, 4
 """Tiers of a token; NEW is exact and about to be packed, EMPTY is a slot without a token."""
@@ -88,6 +89,11 @@ class Codec:
         return top_code(self.bound) if self.kind == "bounded" else 2**self.bits - 1
 
     @property
+    def code_bits(self) -> int:
+        """Bits of a code; bytes hold codes of 2, 3, 4 or 8."""
+        return self.top.bit_length()
+
+    @property
     def center(self) -> float:
         """What stands for zero in the codes of `fitted`: code c is the number c - center."""
         return (2**self.bits - 1) / 2
@@ -102,6 +108,12 @@ class Codec:
         """The codec of a tier's keys (`side="key"`) or values under `LeanKVConfig.codec`."""
         if isinstance(tier, str):
             return cls(0, dim, "exact", dtype=dtype)
+        if isinstance(tier, Packed):
+            bound = tier.rel_key if side == "key" else tier.rel_value
+            if bound is not None:
+                bits = next(b for b in (2, 3, 4, 8) if b >= top_code(bound).bit_length())
+                return cls(bits, dim, "bounded", signed=side == "key" and bits == 8, bound=bound)
+            tier = (tier.key_bits or 0, tier.value_bits or 0)
         bits = tier[0] if side == "key" else tier[1]
         signed = side == "key" and bits == 8
         if scheme == "minmax":
@@ -258,13 +270,27 @@ class PageLayout:
     """Where the parts of a page lie; the one table of bytes per token.
 
     A page is `tokens` slots: keys | values | key scale | value scale | key zero | value zero | score | birth.
-    Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`.
+    Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`. With `pack` full pages
+    are kept packed (`hfkv.paging.sealed`), and these are the bytes that they are read as.
     """
 
     key: Codec
     value: Codec
     tokens: int
     scored: bool
+    pack: PackFormat | None = None
+
+    @classmethod
+    def of(
+        cls, tier: Tier, dims: tuple[int, int], dtype: torch.dtype, scheme: str, tokens: int, scored: bool
+    ) -> PageLayout:
+        """The pages of a tier, for keys and values of `dims` features; `scheme`: `LeanKVConfig.codec`."""
+        key, value = (Codec.of(tier, side, dim, dtype, scheme) for side, dim in zip(("key", "value"), dims, strict=True))
+        pack = None
+        if isinstance(tier, Packed):
+            sides = (PackedSide(c.dim, c.code_bits, tier.packs(s)) for c, s in ((key, "key"), (value, "value")))
+            pack = PackFormat(*sides, tier.repack)
+        return cls(key, value, tokens, scored, pack)
 
     @functools.cached_property
     def fields(self) -> dict[str, tuple[int, int]]:

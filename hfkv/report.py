@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hfkv.config import EXACT, Tier
+from hfkv.config import Tier
+from hfkv.paging.sealed import SealingPool
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
+    from hfkv.paging.packed import PackedLayer
     from hfkv.tokens import LayerTokens
 
 PRUNED, LOW, HIGH, WINDOW = 0, 1, 2, 3
@@ -32,7 +34,7 @@ class LayerReport:
         tiers: names of its tiers, best first, as K8V4.
         rotation: which rotations its vectors are coded under.
         tokens: per tier name, `window`, and `pruned`: int64 [batch, kv_heads].
-        bytes: `codes`, `metadata`, `free_slots`, `window`, `queries`, `tables`.
+        bytes: `codes`, `metadata`, `free_slots`, `window`, `queries`, `tables`, and of packed tiers `pack_headers`.
         head_bytes: int64 [batch, kv_heads], pages of the head.
         physical_bytes, exact_bytes: sums for this layer; exact_bytes is 0 where it is not compressed.
     """
@@ -59,6 +61,7 @@ class Report:
         exact_bytes: what the same tokens take in the model's dtype.
         plain_bytes: bytes of the layers that transformers keeps, not part of the two above.
         pool_free_bytes: free pages, unused chunks and chunk remainders.
+        pack_slack_bytes: what pages of packs hold beside live packs.
         workspace_bytes: buffers of a step, which all layers of a device share.
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
@@ -69,6 +72,7 @@ class Report:
     exact_bytes: int
     plain_bytes: int
     pool_free_bytes: int
+    pack_slack_bytes: int
     workspace_bytes: int
     tokens: int
     layers: list[LayerReport]
@@ -90,7 +94,8 @@ class Report:
         total: Counter[str] = Counter()
         for layer in self.layers:
             total.update(layer.bytes)
-        return {**total, "free_pages": self.pool_free_bytes, "workspace": self.workspace_bytes}
+        slack = {"pack_slack": self.pack_slack_bytes} if self.pack_slack_bytes else {}
+        return {**total, **slack, "free_pages": self.pool_free_bytes, "workspace": self.workspace_bytes}
 
     def __str__(self) -> str:
         compressed = [layer for layer in self.layers if layer.compressed]
@@ -127,7 +132,8 @@ def make_report(cache: LeanKVCache) -> Report:
     space = sum(workspace.nbytes for workspace in cache.workspaces.values())
     physical, exact = sum(layer.physical_bytes for layer in layers) + free + space, sum(x.exact_bytes for x in layers)
     backend = ", ".join(sorted({tokens.kernels.name for tokens in cache.compressed})) or "none"
-    return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend)
+    slack = sum(pool.slack_bytes for pool in pools if isinstance(pool, SealingPool))
+    return Report(physical, exact, plain, free - slack, slack, space, cache.get_seq_length(), layers, backend)
 
 
 def tier_map(cache: LeanKVCache, layer_idx: int) -> Tensor:
@@ -169,24 +175,18 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
     batch, heads = fill.batch, window.heads
     names = tuple(tier_name(tier) for tier in held.config.tiers)
     lengths = packed.table.lengths.view(batch, heads, 2).long().cpu()
-    counts = [packed.page_counts(t).view(batch, heads).cpu() for t in range(packed.tiers)]
-    tokens, codes, metadata, free = {}, 0, 0, 0
+    tokens, total = {}, Counter[str]()
     head_bytes = torch.zeros(batch, heads, dtype=torch.int64)
-    for tier, (name, layout) in enumerate(zip(names, packed.layouts, strict=True)):
+    for tier, name in enumerate(names):
         tokens[name] = lengths[..., tier]
-        stored = int(lengths[..., tier].sum())
-        code_bytes = layout.meta_start // layout.tokens
-        codes += stored * code_bytes
-        metadata += stored * (layout.token_bytes - code_bytes)
-        free += int(counts[tier].sum()) * layout.page_bytes - stored * layout.token_bytes
-        head_bytes += counts[tier] * layout.page_bytes
+        by_kind, by_row = _page_bytes(packed, tier)
+        total.update(by_kind)
+        head_bytes += by_row.view(batch, heads)
     tokens["window"] = fill.counts.cpu()[:, None].expand(batch, heads)
     real = fill.lengths.cpu()[:, None]
     tokens["pruned"] = real - sum(tokens.values())
     parts = {
-        "codes": codes,
-        "metadata": metadata,
-        "free_slots": free,
+        **total,
         "window": window.nbytes,
         "queries": held.queries.nbytes,
         "tables": held.table_bytes,
@@ -197,9 +197,25 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
     )
 
 
+def _page_bytes(packed: PackedLayer, tier: int) -> tuple[dict[str, int], Tensor]:
+    """Bytes of the pages of a tier: by kind, and by row int64 [rows]."""
+    layout, counts = packed.layouts[tier], packed.page_counts(tier)
+    by_row, stored = (counts * layout.page_bytes).cpu(), int(packed.table.lengths[:, tier].sum())
+    metadata = stored * (layout.page_bytes - layout.meta_start) // layout.tokens
+    free, kinds = int(counts.sum()) * layout.tokens - stored, {}
+    if isinstance(packed.pool, SealingPool) and layout.pack is not None:
+        ids, row, _ = packed.table.pages(tier, counts)
+        held, headers = packed.pool.sealed_bytes(packed.classes[tier], ids)
+        by_row = torch.zeros_like(counts).index_add_(0, row, held).cpu()
+        kinds = {"pack_headers": int(headers.sum())}
+    free_bytes = free * layout.token_bytes
+    codes = int(by_row.sum()) - metadata - free_bytes - sum(kinds.values())
+    return {"codes": codes, "metadata": metadata, **kinds, "free_slots": free_bytes}, by_row
+
+
 def tier_name(tier: Tier) -> str:
-    """K8V4, or `exact`."""
-    return EXACT if tier == EXACT else f"K{tier[0]}V{tier[1]}"
+    """K8V4, `exact`, or Packed K0.1V2."""
+    return f"K{tier[0]}V{tier[1]}" if isinstance(tier, tuple) else str(tier)
 
 
 def _plain_bytes(layer: Any) -> int:

@@ -20,7 +20,7 @@ from hfkv.kernels.quantize_pack import Basis
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of
-from hfkv.quant import Codec, PageLayout, rotation
+from hfkv.quant import PageLayout, rotation
 from hfkv.tiering import incoming_tokens, plan_tiers
 from hfkv.window import KeptQueries, Window
 
@@ -67,12 +67,7 @@ class LayerTokens:
         pool = cache.pool(self.device)
         page_tokens = cache.page_tokens(tokens, len(config.tiers))
         layouts = [
-            PageLayout(
-                Codec.of(tier, "key", key_dim, dtype, config.codec),
-                Codec.of(tier, "value", value_dim, dtype, config.codec),
-                page_tokens,
-                config.selects,
-            )
+            PageLayout.of(tier, (key_dim, value_dim), dtype, config.codec, page_tokens, config.selects)
             for tier in config.tiers
         ]
         basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)

@@ -11,56 +11,13 @@ The bytes of a side (keys or values) of a pack: minima and widths as bit planes 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-PACK = 16
-"""Tokens of a pack."""
-
-BLOCK = 64
-"""Tokens that are reordered together; four packs."""
-
-RAW = 1 << 15
-"""Flag in a side's byte count: its codes are stored raw."""
+from hfkv.packing import BLOCK, PACK, PackedSide
 
 BUCKETS = 4
-
-
-@dataclass(frozen=True)
-class PackedSide:
-    """How the codes of keys or of values are packed.
-
-    Attributes:
-        dim: features of a vector.
-        bits: width of a raw code, 1 to 8.
-        packed: False: always raw.
-    """
-
-    dim: int
-    bits: int
-    packed: bool = True
-
-    @property
-    def width_bits(self) -> int:
-        """Bits of a mini-pack's width, 0 to `bits`."""
-        return self.bits.bit_length()
-
-    @property
-    def plane(self) -> int:
-        """Bytes of one bit of all features."""
-        return -(-self.dim // 8)
-
-    @property
-    def header(self) -> int:
-        """Bytes of minima and widths, an even number."""
-        return ((self.bits + self.width_bits) * self.plane + 1) // 2 * 2
-
-    @property
-    def raw_bytes(self) -> int:
-        """The most that a side of a pack takes."""
-        return 2 * self.bits * self.dim
 
 
 # ---- the order of a block ----------------------------------------------------------------------------------------

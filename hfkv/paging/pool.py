@@ -180,6 +180,9 @@ class PagePool:
         self._classes[cls].free += released - allocated
         assert self._classes[cls].free >= 0, "pages taken without reserve"
 
+    def settle(self, cls: int, ids: Tensor) -> None:
+        """Called with all pages of rows after a flush; here they stay as they are."""
+
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
         self._reclaim({})

@@ -1,0 +1,405 @@
+"""Pages that are kept packed once they are full: their ids, their packs, and where these lie.
+
+A class of pages whose layout has a `pack` is sealed: its ids are handles, which page tables hold like any page id.
+A handle names a plain page while tokens are missing from it, and four packs afterwards. Packs lie one behind the other
+in larger pages of the same pool, which all rows and layers share; such a page is written anew once a quarter of it is
+dead. Pages are read and written as bytes of their layout, so that whatever works on pages works on sealed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hfkv.kernels import sealing
+from hfkv.kernels.sealing import PACKS, meta_words, pack_words
+from hfkv.packing import HEAD, WORD
+from hfkv.paging.pool import SLOT_BITS, OutOfPages, PagePool
+from hfkv.quant import PageLayout
+
+ROOM = 4
+"""Bytes of a page of packs, in plain pages."""
+
+DEAD = 0.25
+"""A page of packs is written anew when this share of it is dead."""
+
+NOTHING, OFFSET_BITS = -1, 32
+"""An address is page id << 32 | word inside the page; a plain page has its id first and -1 behind."""
+
+GROWTH = 0.03
+"""Of its size a pool grows at least by so much, for the packs of a layer come one by one."""
+
+FIRST_HANDLES = 64
+
+
+@dataclass(frozen=True)
+class PackPage:
+    """The layout of a page of packs: nothing but room."""
+
+    page_bytes: int
+
+    @property
+    def zero_start(self) -> int:
+        """Nothing in an unused page has to be zero."""
+        return self.page_bytes
+
+
+@dataclass
+class _Sealed:
+    """The handles of one layout.
+
+    Attributes:
+        layout: what pages are read as.
+        plain, room: classes of plain pages and of pages of packs.
+        address: int64 [handles, 4], see `NOTHING`.
+        free: handles that no page table holds.
+        live: words in use by page of packs.
+        end: words written by page of packs.
+        open: the page that packs go to, or None.
+    """
+
+    layout: PageLayout
+    plain: int
+    room: int
+    address: Tensor
+    free: list[int] = field(default_factory=list)
+    live: dict[int, int] = field(default_factory=dict)
+    end: dict[int, int] = field(default_factory=dict)
+    open: int | None = None
+
+    @property
+    def words(self) -> int:
+        """Words of a page of packs."""
+        return room_bytes(self.layout) // WORD
+
+
+def room_bytes(layout: PageLayout) -> int:
+    """Bytes of a page of packs, a multiple of 16."""
+    return -(-ROOM * layout.page_bytes // 16) * 16
+
+
+class SealedRows:
+    """Pages by handle, read like the rows of an arena; they are looked up when they are read."""
+
+    def __init__(self, pool: SealingPool, cls: int) -> None:
+        self.pool, self.cls = pool, cls
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Pages of the handles `index`, int64 [n, page_bytes / 8]."""
+        return self.pool.gather(self.cls, index).view(torch.int64)
+
+
+class SealingPool(PagePool):
+    """A pool whose classes with a `pack` are sealed; such a class has a negative index."""
+
+    def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
+        super().__init__(device, max_bytes)
+        self._sealed: list[_Sealed] = []
+
+    # ---- sizes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def table_bytes(self) -> int:
+        return super().table_bytes + sum(sealed.address.nbytes for sealed in self._sealed)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of plain pages in use and of live packs."""
+        rooms = sum(len(sealed.end) * room_bytes(sealed.layout) for sealed in self._sealed)
+        return super().used_bytes - rooms + WORD * sum(sum(sealed.live.values()) for sealed in self._sealed)
+
+    @property
+    def slack_bytes(self) -> int:
+        """Bytes of pages of packs that hold no live pack."""
+        rooms = sum(len(sealed.end) * room_bytes(sealed.layout) for sealed in self._sealed)
+        return rooms - WORD * sum(sum(sealed.live.values()) for sealed in self._sealed)
+
+    def sealed_bytes(self, cls: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Bytes int64 [n] that pages take as they are held, and of these those of pack heads, minima and widths."""
+        sealed = self._sealed[~cls]
+        address, layout = sealed.address[ids.long()], sealed.layout
+        packed = address[:, 1] != NOTHING
+        total = torch.where(packed, 0, layout.page_bytes)
+        header = torch.zeros_like(total)
+        packs = self._read_words(sealed, address[packed].flatten(), 1)
+        _, key_raw, _, value_raw = sealing.heads(packs)
+        form = sealing.pack_format(layout)
+        own = HEAD + (~key_raw) * form.key.header + (~value_raw) * form.value.header
+        total[packed] = sealing.words_of(layout, packs).view(-1, PACKS).sum(1) * WORD
+        header[packed] = own.view(-1, PACKS).sum(1)
+        return total, header
+
+    # ---- classes ---------------------------------------------------------------------------------------------------
+
+    def layout(self, cls: int) -> PageLayout:
+        return self._sealed[~cls].layout if cls < 0 else super().layout(cls)
+
+    def class_of(self, layout: PageLayout) -> int:
+        if getattr(layout, "pack", None) is None:
+            return super().class_of(layout)
+        for index, known in enumerate(self._sealed):
+            if known.layout == layout:
+                return ~index
+        plain = super().class_of(replace(layout, pack=None))
+        room = super().class_of(PackPage(room_bytes(layout)))  # type: ignore[arg-type]
+        address = torch.full((FIRST_HANDLES, PACKS), NOTHING, dtype=torch.int64, device=self.device)
+        free = list(range(FIRST_HANDLES - 1, -1, -1))
+        self._sealed.append(_Sealed(layout, plain, room, address, free))
+        return ~(len(self._sealed) - 1)
+
+    # ---- allocate and release --------------------------------------------------------------------------------------
+
+    def reserve(self, demand: dict[int, int], slack: float = 0.0) -> None:
+        """As `PagePool.reserve`; of sealed pages only that `max_bytes` leaves room for them, were they plain."""
+        if self.max_bytes is not None:
+            self._check_room({cls: n for cls, n in demand.items() if cls < 0 and n > 0})
+        super().reserve({cls: n for cls, n in demand.items() if cls >= 0}, slack)
+
+    def _check_room(self, demand: dict[int, int]) -> None:
+        if not demand:
+            return
+        assert self.max_bytes is not None
+        needed = 0
+        for cls, pages in demand.items():
+            sealed = self._sealed[~cls]
+            rewritten = int(DEAD / (1 - DEAD) * WORD * sum(sealed.live.values()))
+            needed += pages * sealed.layout.page_bytes + rewritten + 2 * room_bytes(sealed.layout)
+        available = self.max_bytes - self.used_bytes - self.table_bytes
+        if needed > available:
+            raise OutOfPages(
+                f"{needed:,} bytes may be needed beside the {self.used_bytes:,} used, but max_bytes leaves the page "
+                f"pool {self.max_bytes:,}: nothing was changed; raise LeanKVConfig.max_bytes, prune more, or reset() "
+                "the cache"
+            )
+
+    def allocate(self, cls: int, demand: Tensor) -> Tensor:
+        if cls >= 0:
+            return super().allocate(cls, demand)
+        sealed, total = self._sealed[~cls], int(demand.sum())
+        while len(sealed.free) < total:
+            held = sealed.address.shape[0]
+            sealed.address = torch.cat([sealed.address, torch.full_like(sealed.address, NOTHING)])
+            sealed.free = [*range(2 * held - 1, held - 1, -1), *sealed.free]
+        handles = [sealed.free.pop() for _ in range(total)]
+        return torch.tensor(handles, dtype=torch.int32, device=self.device)
+
+    def release(self, cls: int, ids: Tensor) -> None:
+        if cls >= 0:
+            super().release(cls, ids)
+        elif ids.numel():
+            sealed = self._sealed[~cls]
+            self._forget(sealed, ids)
+            sealed.free += ids.tolist()
+            self._rewrite(sealed)
+
+    def _forget(self, sealed: _Sealed, ids: Tensor) -> None:
+        """Give up what handles name: plain pages go back, packs are dead."""
+        address = sealed.address[ids.long()]
+        packed = address[:, 1] != NOTHING
+        plain = ~packed & (address[:, 0] != NOTHING)
+        super().release(sealed.plain, address[plain, 0].int())
+        self._bury(sealed, address[packed].flatten())
+        sealed.address[ids.long()] = NOTHING
+
+    def _bury(self, sealed: _Sealed, address: Tensor) -> None:
+        """Count packs as dead; a page without a live one goes back at once."""
+        words = sealing.words_of(sealed.layout, self._read_words(sealed, address, 1)).tolist()
+        empty = []
+        for page, size in zip((address >> OFFSET_BITS).tolist(), words, strict=True):
+            sealed.live[page] -= size
+            if sealed.live[page] == 0:
+                empty.append(page)
+        self._drop(sealed, empty)
+
+    def _drop(self, sealed: _Sealed, pages: list[int]) -> None:
+        for page in pages:
+            del sealed.live[page], sealed.end[page]
+            if sealed.open == page:
+                sealed.open = None
+        if pages:
+            super().release(sealed.room, torch.tensor(pages, dtype=torch.int32, device=self.device))
+
+    def _rewrite(self, sealed: _Sealed) -> None:
+        """Write pages of packs anew of which a quarter is dead."""
+        stale = [page for page, end in sealed.end.items() if end - sealed.live[page] >= DEAD * sealed.words]
+        if not stale:
+            return
+        pages = torch.tensor(stale, device=self.device)
+        moved = torch.isin(sealed.address >> OFFSET_BITS, pages) & (sealed.address[:, 1:2] != NOTHING)
+        handle, place = moved.nonzero(as_tuple=True)
+        packs = self._read_words(sealed, sealed.address[handle, place], pack_words(sealed.layout))
+        if sealed.open in stale:
+            sealed.open = None
+        sealed.address[handle, place] = self._store(sealed, packs, sealing.words_of(sealed.layout, packs))
+        self._drop(sealed, stale)
+
+    # ---- bytes -----------------------------------------------------------------------------------------------------
+
+    def sources(self, cls: int, ids: Tensor) -> tuple:
+        return super().sources(cls, ids) if cls >= 0 else ((SealedRows(self, cls), ids, None),)
+
+    def gather(self, cls: int, ids: Tensor) -> Tensor:
+        if cls >= 0:
+            return super().gather(cls, ids)
+        sealed = self._sealed[~cls]
+        address = sealed.address[ids.long()]
+        packed = address[:, 1] != NOTHING
+        plain = ~packed & (address[:, 0] != NOTHING)
+        out = torch.zeros(ids.numel(), sealed.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        if bool(plain.any()):
+            out[plain] = super().gather(sealed.plain, address[plain, 0].int())
+        if bool(packed.any()):
+            packs = self._read_words(sealed, address[packed].flatten(), pack_words(sealed.layout))
+            out[packed] = sealing.unseal(sealed.layout, packs.unflatten(0, (-1, PACKS)))
+        return out
+
+    def scatter(self, cls: int, ids: Tensor, pages: Tensor) -> None:
+        """Write whole pages back. Full ones are sealed, but for those that were plain until now: see `settle`."""
+        if cls >= 0:
+            super().scatter(cls, ids, pages)
+            return
+        sealed = self._sealed[~cls]
+        address = sealed.address[ids.long()]
+        was_plain = (address[:, 0] != NOTHING) & (address[:, 1] == NOTHING)
+        packed = sealing.is_full(sealed.layout, pages) & ~was_plain
+        self._seal(sealed, ids[packed], pages[packed])
+        loose, loose_pages, known = ids[~packed], pages[~packed], was_plain[~packed]
+        self._forget(sealed, loose[~known])
+        self._ensure(sealed.plain, int((~known).sum()))
+        sealed.address[loose[~known].long(), 0] = super().allocate(sealed.plain, (~known).long()).long()
+        super().scatter(sealed.plain, sealed.address[loose.long(), 0].int(), loose_pages)
+        self._rewrite(sealed)
+
+    def settle(self, cls: int, ids: Tensor) -> None:
+        """Seal those of the pages that are full and still plain: no one goes back behind a flush."""
+        if cls >= 0:
+            return
+        sealed = self._sealed[~cls]
+        address = sealed.address[ids.long()]
+        ids = ids[(address[:, 0] != NOTHING) & (address[:, 1] == NOTHING)]
+        pages = self.gather(cls, ids)
+        full = sealing.is_full(sealed.layout, pages)
+        self._seal(sealed, ids[full], pages[full])
+
+    def read(self, cls: int, ids: Tensor, start: int, stop: int) -> Tensor:
+        if cls >= 0:
+            return super().read(cls, ids, start, stop)
+        sealed = self._sealed[~cls]
+        layout, address = sealed.layout, sealed.address[ids.long()]
+        assert start >= layout.meta_start, "only the metadata of sealed pages can be read alone"
+        packed = address[:, 1] != NOTHING
+        plain = ~packed & (address[:, 0] != NOTHING)
+        out = torch.zeros(ids.numel(), stop - start, dtype=torch.uint8, device=self.device)
+        if bool(plain.any()):
+            out[plain] = super().read(sealed.plain, address[plain, 0].int(), start, stop)
+        if bool(packed.any()):
+            packs = self._read_words(sealed, address[packed].flatten(), meta_words(layout))
+            meta = sealing.unsealed_meta(layout, packs.unflatten(0, (-1, PACKS)))
+            out[packed] = meta[:, start - layout.meta_start : stop - layout.meta_start]
+        return out
+
+    def write(self, cls: int, ids: Tensor, start: int, data: Tensor) -> None:
+        if cls >= 0:
+            super().write(cls, ids, start, data)
+            return
+        sealed = self._sealed[~cls]
+        layout, address = sealed.layout, sealed.address[ids.long()]
+        assert start >= layout.meta_start, "only the metadata of sealed pages can be written alone"
+        packed = address[:, 1] != NOTHING
+        plain = ~packed & (address[:, 0] != NOTHING)
+        if bool(plain.any()):
+            super().write(sealed.plain, address[plain, 0].int(), start, data[plain])
+        if bool(packed.any()):
+            where = address[packed].flatten()
+            packs = self._read_words(sealed, where, meta_words(layout))
+            meta = sealing.unsealed_meta(layout, packs.unflatten(0, (-1, PACKS)))
+            meta[:, start - layout.meta_start :][:, : data.shape[1]] = data[packed]
+            raw = packs.view(torch.uint8)
+            fresh = sealing.sealed_meta(layout, meta).flatten(0, 1)
+            raw[:, HEAD : HEAD + fresh.shape[1]] = fresh
+            self._write_words(sealed, where, packs, torch.full_like(where, packs.shape[1]))
+
+    # ---- packs -----------------------------------------------------------------------------------------------------
+
+    def dump(self, cls: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What pages hold, for a file: packed bool [n], packs int64 [words], plain pages uint8 [plain, page_bytes]."""
+        sealed = self._sealed[~cls]
+        address = sealed.address[ids.long()]
+        packed = address[:, 1] != NOTHING
+        packs = self._read_words(sealed, address[packed].flatten(), pack_words(sealed.layout))
+        inside = torch.arange(packs.shape[1], device=self.device) < sealing.words_of(sealed.layout, packs)[:, None]
+        return packed, packs[inside], self.gather(cls, ids[~packed])
+
+    def undump(self, cls: int, ids: Tensor, packed: Tensor, packs: Tensor, plain: Tensor) -> None:
+        """Put what `dump` gave into fresh pages."""
+        sealed, most = self._sealed[~cls], pack_words(self._sealed[~cls].layout)
+        starts, at = [], 0
+        for _ in range(int(packed.sum()) * PACKS):
+            starts.append(at)
+            at += int(sealing.words_of(sealed.layout, packs[None, at : at + 1])[0])
+        index = torch.tensor(starts, device=self.device).view(-1, 1) + torch.arange(most, device=self.device)
+        held = packs[index.clamp(max=max(packs.numel() - 1, 0))] if starts else packs.new_zeros(0, most)
+        where = self._store(sealed, held, sealing.words_of(sealed.layout, held))
+        sealed.address[ids[packed].long()] = where.view(-1, PACKS)
+        self.scatter(cls, ids[~packed], plain)
+
+    def _seal(self, sealed: _Sealed, ids: Tensor, pages: Tensor) -> None:
+        """Pack full pages and let their handles name the packs."""
+        if ids.numel():
+            packs, words = sealing.seal(sealed.layout, pages)
+            where = self._store(sealed, packs.flatten(0, 1), words.flatten())
+            self._forget(sealed, ids)
+            sealed.address[ids.long()] = where.view(-1, PACKS)
+
+    def _store(self, sealed: _Sealed, packs: Tensor, words: Tensor) -> Tensor:
+        """Put packs int64 [n, most] of so many words one behind the other -> their addresses int64 [n]."""
+        where = []
+        for size in words.tolist():
+            if sealed.open is None or sealed.end[sealed.open] + size > sealed.words:
+                self._ensure(sealed.room, 1)
+                one = torch.ones(1, dtype=torch.long, device=self.device)
+                sealed.open = int(super().allocate(sealed.room, one))
+                sealed.live[sealed.open] = sealed.end[sealed.open] = 0
+            where.append(sealed.open << OFFSET_BITS | sealed.end[sealed.open])
+            sealed.live[sealed.open] += size
+            sealed.end[sealed.open] += size
+        address = torch.tensor(where, dtype=torch.int64, device=self.device)
+        self._write_words(sealed, address, packs, words)
+        return address
+
+    def _ensure(self, cls: int, pages: int) -> None:
+        """Have free pages at hand; `reserve` has made sure that `max_bytes` leaves room."""
+        limit, self.max_bytes = self.max_bytes, None
+        try:
+            super().reserve({cls: pages}, GROWTH)
+        finally:
+            self.max_bytes = limit
+
+    def _read_words(self, sealed: _Sealed, address: Tensor, count: int) -> Tensor:
+        """The first `count` words behind addresses, int64 [n, count]; what is behind a pack does not matter."""
+        out = torch.zeros(address.numel(), count, dtype=torch.int64, device=self.device)
+        for memory, start, position in self._spots(sealed, address):
+            index = start[:, None] + torch.arange(count, device=self.device)
+            out[position] = memory[index.clamp_(max=memory.numel() - 1)]
+        return out
+
+    def _write_words(self, sealed: _Sealed, address: Tensor, packs: Tensor, words: Tensor) -> None:
+        """Write the first `words` int64 [n] of each of packs int64 [n, most]."""
+        for memory, start, position in self._spots(sealed, address):
+            column = torch.arange(packs.shape[1], device=self.device)
+            inside = column < words[position, None]
+            memory[(start[:, None] + column)[inside]] = packs[position][inside]
+
+    def _spots(self, sealed: _Sealed, address: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per arena: its memory, first words int64 [n] of the addresses in it, and which these are."""
+        page = address >> OFFSET_BITS
+        chunk, slot = page >> SLOT_BITS, page & ((1 << SLOT_BITS) - 1)
+        word = self._offset_of[chunk] + slot * sealed.words + (address & ((1 << OFFSET_BITS) - 1))
+        arena_of = self._arena_of[chunk]
+        found = []
+        for number in torch.unique(arena_of).tolist():
+            position = (arena_of == number).nonzero().squeeze(1)
+            found.append((self._arenas[number].memory, word[position], position))
+        return found
