@@ -181,7 +181,8 @@ def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], T
     if code.numel() and code.max() > 255:
         largest = source.abs().max().item()
         raise ValueError(
-            f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use LeanKVConfig(codec='minmax')"
+            f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use plain tiers with "
+            "LeanKVConfig(codec='minmax')"
         )
     return code.clamp_(1, 255).to(torch.uint8)
 

@@ -8,6 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,9 +105,8 @@ def _layer_state(layer: Any, index: int, writer: TensorWriter, fills: list[Fill]
     writer.add(f"{index}.v", window.v[:, :, : fill.most])
     writer.add(f"{index}.lengths", packed.table.lengths)
     for tier, cls in enumerate(packed.classes):
-        writer.add(
-            f"{index}.pages{tier}", packed.pool.gather(cls, packed.table.pages(tier, packed.page_counts(tier))[0])
-        )
+        for name, part in packed.pool.dump(cls, packed.table.pages(tier, packed.page_counts(tier))[0]).items():
+            writer.add(f"{index}.{name}{tier}", part)
     if packed.basis.mean is not None:
         writer.add(f"{index}.mean", packed.basis.mean)
         writer.add(f"{index}.has_mean", packed.has_mean)
@@ -176,10 +176,15 @@ def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[F
         packed = tokens.packed
         for tier, cls in enumerate(packed.classes):
             ids = packed.pool.allocate(cls, counts[tier])
-            packed.pool.scatter(cls, ids, reader.get(f"{index}.pages{tier}", tokens.device))
+            packed.pool.undump(cls, ids, partial(_part, reader, index, tier, tokens.device))
             table.write(tier, *ragged_index(counts[tier]), ids)
         packed.table, packed.widest = table, [int(n.max()) for n in counts]
         packed.changed()
+
+
+def _part(reader: TensorReader, index: int, tier: int, device: torch.device, name: str) -> Tensor:
+    """A part of a tier's pages, as `PagePool.dump` named it."""
+    return reader.get(f"{index}.{name}{tier}", device)
 
 
 def _empty_table(packed: PackedLayer, lengths: Tensor) -> PageTable:

@@ -104,6 +104,12 @@ def words_of(layout: PageLayout, packs: Tensor) -> Tensor:
     return (HEAD + PACK * meta_bytes(layout) + key + value + WORD - 1) // WORD
 
 
+def words_from(layout: PageLayout, head: int) -> int:
+    """Words of a pack, from its first one."""
+    key, value = head & (RAW - 1), (head >> 16) & (RAW - 1)
+    return -(-(HEAD + PACK * meta_bytes(layout) + key + value) // WORD)
+
+
 # ---- what a token has beside its codes ---------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ dead. Pages are read and written as bytes of their layout, so that whatever work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,6 +31,9 @@ NOTHING, OFFSET_BITS = -1, 32
 
 GROWTH = 0.03
 """Of its size a pool grows at least by so much, for the packs of a layer come one by one."""
+
+OPEN = 8
+"""Pages of packs that are filled at a time: packs of different sizes find a place."""
 
 FIRST_HANDLES = 64
 
@@ -57,7 +61,7 @@ class _Sealed:
         free: handles that no page table holds.
         live: words in use by page of packs.
         end: words written by page of packs.
-        open: the page that packs go to, or None.
+        open: pages that packs still go to.
     """
 
     layout: PageLayout
@@ -67,7 +71,7 @@ class _Sealed:
     free: list[int] = field(default_factory=list)
     live: dict[int, int] = field(default_factory=dict)
     end: dict[int, int] = field(default_factory=dict)
-    open: int | None = None
+    open: list[int] = field(default_factory=list)
 
     @property
     def words(self) -> int:
@@ -97,6 +101,7 @@ class SealingPool(PagePool):
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
         super().__init__(device, max_bytes)
         self._sealed: list[_Sealed] = []
+        self._promised: dict[int, int] = {}  # what `reserve` was last asked for, by class of plain tiers
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
 
@@ -155,7 +160,8 @@ class SealingPool(PagePool):
         """As `PagePool.reserve`; of sealed pages only that `max_bytes` leaves room for them, were they plain."""
         if self.max_bytes is not None:
             self._check_room({cls: n for cls, n in demand.items() if cls < 0 and n > 0})
-        super().reserve({cls: n for cls, n in demand.items() if cls >= 0}, slack)
+        self._promised = {cls: n for cls, n in demand.items() if cls >= 0}
+        super().reserve(self._promised, slack)
 
     def _check_room(self, demand: dict[int, int]) -> None:
         if not demand:
@@ -216,8 +222,8 @@ class SealingPool(PagePool):
     def _drop(self, sealed: _Sealed, pages: list[int]) -> None:
         for page in pages:
             del sealed.live[page], sealed.end[page]
-            if sealed.open == page:
-                sealed.open = None
+            if page in sealed.open:
+                sealed.open.remove(page)
         if pages:
             super().release(sealed.room, torch.tensor(pages, dtype=torch.int32, device=self.device))
 
@@ -230,8 +236,7 @@ class SealingPool(PagePool):
         moved = torch.isin(sealed.address >> OFFSET_BITS, pages) & (sealed.address[:, 1:2] != NOTHING)
         handle, place = moved.nonzero(as_tuple=True)
         packs = self._read_words(sealed, sealed.address[handle, place], pack_words(sealed.layout))
-        if sealed.open in stale:
-            sealed.open = None
+        sealed.open = [page for page in sealed.open if page not in stale]
         sealed.address[handle, place] = self._store(sealed, packs, sealing.words_of(sealed.layout, packs))
         self._drop(sealed, stale)
 
@@ -323,27 +328,33 @@ class SealingPool(PagePool):
 
     # ---- packs -----------------------------------------------------------------------------------------------------
 
-    def dump(self, cls: int, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What pages hold, for a file: packed bool [n], packs int64 [words], plain pages uint8 [plain, page_bytes]."""
+    def dump(self, cls: int, ids: Tensor) -> dict[str, Tensor]:
+        """Plain pages as they are, and the packs of the others one behind the other."""
+        if cls >= 0:
+            return super().dump(cls, ids)
         sealed = self._sealed[~cls]
         address = sealed.address[ids.long()]
         packed = address[:, 1] != NOTHING
         packs = self._read_words(sealed, address[packed].flatten(), pack_words(sealed.layout))
         inside = torch.arange(packs.shape[1], device=self.device) < sealing.words_of(sealed.layout, packs)[:, None]
-        return packed, packs[inside], self.gather(cls, ids[~packed])
+        return {"packed": packed, "packs": packs[inside], "pages": self.gather(cls, ids[~packed])}
 
-    def undump(self, cls: int, ids: Tensor, packed: Tensor, packs: Tensor, plain: Tensor) -> None:
-        """Put what `dump` gave into fresh pages."""
-        sealed, most = self._sealed[~cls], pack_words(self._sealed[~cls].layout)
+    def undump(self, cls: int, ids: Tensor, part: Callable[[str], Tensor]) -> None:
+        if cls >= 0:
+            super().undump(cls, ids, part)
+            return
+        sealed, packed, packs = self._sealed[~cls], part("packed").bool(), part("packs")
+        firsts, most = packs.tolist(), pack_words(sealed.layout)
         starts, at = [], 0
         for _ in range(int(packed.sum()) * PACKS):
             starts.append(at)
-            at += int(sealing.words_of(sealed.layout, packs[None, at : at + 1])[0])
-        index = torch.tensor(starts, device=self.device).view(-1, 1) + torch.arange(most, device=self.device)
-        held = packs[index.clamp(max=max(packs.numel() - 1, 0))] if starts else packs.new_zeros(0, most)
+            at += sealing.words_from(sealed.layout, firsts[at])
+        index = torch.tensor(starts, dtype=torch.long, device=self.device)[:, None]
+        index = index + torch.arange(most, device=self.device)
+        held = packs[index.clamp_(max=max(packs.numel() - 1, 0))]
         where = self._store(sealed, held, sealing.words_of(sealed.layout, held))
         sealed.address[ids[packed].long()] = where.view(-1, PACKS)
-        self.scatter(cls, ids[~packed], plain)
+        self.scatter(cls, ids[~packed], part("pages"))
 
     def _seal(self, sealed: _Sealed, ids: Tensor, pages: Tensor) -> None:
         """Pack full pages and let their handles name the packs."""
@@ -357,23 +368,33 @@ class SealingPool(PagePool):
         """Put packs int64 [n, most] of so many words one behind the other -> their addresses int64 [n]."""
         where = []
         for size in words.tolist():
-            if sealed.open is None or sealed.end[sealed.open] + size > sealed.words:
-                self._ensure(sealed.room, 1)
-                one = torch.ones(1, dtype=torch.long, device=self.device)
-                sealed.open = int(super().allocate(sealed.room, one))
-                sealed.live[sealed.open] = sealed.end[sealed.open] = 0
-            where.append(sealed.open << OFFSET_BITS | sealed.end[sealed.open])
-            sealed.live[sealed.open] += size
-            sealed.end[sealed.open] += size
+            page = self._page_with_room(sealed, size)
+            where.append(page << OFFSET_BITS | sealed.end[page])
+            sealed.live[page] += size
+            sealed.end[page] += size
         address = torch.tensor(where, dtype=torch.int64, device=self.device)
         self._write_words(sealed, address, packs, words)
         return address
 
+    def _page_with_room(self, sealed: _Sealed, size: int) -> int:
+        """The fullest open page that has so many words left, or a new one."""
+        best = max((p for p in sealed.open if sealed.end[p] + size <= sealed.words), key=sealed.end.__getitem__, default=None)
+        if best is not None:
+            return best
+        self._ensure(sealed.room, 1)
+        page = int(super().allocate(sealed.room, torch.ones(1, dtype=torch.long, device=self.device)))
+        sealed.live[page] = sealed.end[page] = 0
+        sealed.open.append(page)
+        if len(sealed.open) > OPEN:
+            sealed.open.remove(max(sealed.open, key=sealed.end.__getitem__))
+        return page
+
     def _ensure(self, cls: int, pages: int) -> None:
         """Have free pages at hand; `reserve` has made sure that `max_bytes` leaves room."""
         limit, self.max_bytes = self.max_bytes, None
+        kept = {other: min(n, self._classes[other].free) for other, n in self._promised.items()}
         try:
-            super().reserve({cls: pages}, GROWTH)
+            super().reserve({**kept, cls: pages + kept.get(cls, 0)}, GROWTH)
         finally:
             self.max_bytes = limit
 
