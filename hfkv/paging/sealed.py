@@ -96,11 +96,16 @@ class SealedRows:
 
 
 class SealingPool(PagePool):
-    """A pool whose classes with a `pack` are sealed; such a class has a negative index."""
+    """A pool whose classes with a `pack` are sealed; such a class has a negative index.
+
+    Attributes:
+        sealer: what packs pages, `hfkv.kernels.sealing.seal` or the kernel of the same meaning.
+    """
 
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
         super().__init__(device, max_bytes)
         self._sealed: list[_Sealed] = []
+        self.sealer = sealing.seal
         self._promised: dict[int, int] = {}  # what `reserve` was last asked for, by class of plain tiers
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
@@ -120,6 +125,10 @@ class SealingPool(PagePool):
         """Bytes of pages of packs that hold no live pack."""
         rooms = sum(len(sealed.end) * room_bytes(sealed.layout) for sealed in self._sealed)
         return rooms - WORD * sum(sum(sealed.live.values()) for sealed in self._sealed)
+
+    def addresses(self, cls: int) -> Tensor:
+        """Where pages lie, int64 [handles, 4]: see `NOTHING`."""
+        return self._sealed[~cls].address
 
     def sealed_bytes(self, cls: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes int64 [n] that pages take as they are held, and of these those of pack heads, minima and widths."""
@@ -359,7 +368,7 @@ class SealingPool(PagePool):
     def _seal(self, sealed: _Sealed, ids: Tensor, pages: Tensor) -> None:
         """Pack full pages and let their handles name the packs."""
         if ids.numel():
-            packs, words = sealing.seal(sealed.layout, pages)
+            packs, words = self.sealer(sealed.layout, pages)
             where = self._store(sealed, packs.flatten(0, 1), words.flatten())
             self._forget(sealed, ids)
             sealed.address[ids.long()] = where.view(-1, PACKS)

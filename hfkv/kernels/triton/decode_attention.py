@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, programs_on, 
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
 
+if TYPE_CHECKING:
+    from hfkv.kernels.triton.pack_attention import PackPlan, PlainPages
+
 LOG2E = 1.4426950408889634
 ROTATED = 32
 """Features of a query, or of an output, that meet the rotation at once."""
@@ -21,7 +26,7 @@ MERGED = 16
 
 
 def plan_step(
-    packed: PackedLayer, window: Window, columns: int, space: Workspace, programs: int | None = None
+    packed: PackedLayer | PlainPages, window: Window, columns: int, space: Workspace, programs: int | None = None
 ) -> StepPlan:
     """The work of a layer's decode steps, until its pages change; then `plan.refresh(packed.table.lengths)`.
 
@@ -45,7 +50,9 @@ def plan_step(
     return plan
 
 
-def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor | None = None) -> Tensor:
+def attend_step(
+    past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor | None = None, packs: PackPlan | None = None
+) -> Tensor:
     """Attention of the newest queries, whose tokens are in the window already; see `hfkv.attend.attend_step`.
 
     Nothing is allocated but the output, and nothing waits for the device.
@@ -54,11 +61,13 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         past: with `packed`, the layer that `plan` was made for.
         q: [batch, q_heads, queries, D], contiguous in D.
         out: [batch, q_heads, queries, Dv] contiguous, or None to make it.
+        packs: the sealed pages of a layer that has some; `plan` is then that of its plain pages.
 
     Raises:
         ValueError: q or the window does not fit the plan.
     """
-    packed, window, space = past.packed, past.window, plan.space
+    packed = past.packed if packs is None else packs.plain
+    window, space = past.window, plan.space
     if packed is None:
         raise ValueError("this Past knows no packed layer: make it with LayerTokens.past()")
     _check(past, q, plan)
@@ -78,7 +87,7 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
     kernels.prepare_queries[(plan.rows * plan.tiles,)](
         q, key, mean, space.whole, split, space.terms, call.scaling * LOG2E, *counted, *where,
         NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=wide, CODED=coded,
-        SPLIT=full or not all(x.key.bits for x in plan.layouts), FULL=full, num_warps=4,
+        SPLIT=full or packs is not None or not all(x.key.bits for x in plan.layouts), FULL=full, num_warps=4,
     )  # fmt: skip
     high, low = stages_of(full)
     kernels.decode_items[(plan.count * plan.tiles,)](
@@ -89,9 +98,12 @@ def attend_step(past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor |
         WIDE_V=wide_v, CAPPED=call.softcap is not None, FULL=full, STAGES=high, STAGES_LOW=low, W=plan.warps,
         num_warps=4 * plan.warps if full else plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
+    more, parts = (space.acc, space.stats), 0
+    if packs is not None:
+        more, parts = packs.attend(plan, split, softcap, call.softcap is not None), packs.parts(plan)
     kernels.combine_items[(plan.rows, plan.columns)](
-        space.acc, space.stats, plan.items, plan.offsets, value, call.sinks, out, plan.pieces - 1, *counted,
-        NH=COLUMNS, DV=value_dim, WIDE_V=wide_v, BLOCK=ROTATED, STEP=MERGED, num_warps=4,
+        space.acc, space.stats, *more, plan.items, plan.offsets, value, call.sinks, out, plan.pieces - 1, *counted,
+        PARTS=parts, NH=COLUMNS, DV=value_dim, WIDE_V=wide_v, BLOCK=ROTATED, STEP=MERGED, num_warps=4,
     )  # fmt: skip
     return out
 
