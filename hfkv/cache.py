@@ -23,8 +23,8 @@ from hfkv.layer import LeanKVLayer
 from hfkv.natives import check_native
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
-from hfkv.paging.sealed import SealingPool
 from hfkv.paging.rows import PackedRows
+from hfkv.paging.sealed import SealingPool
 from hfkv.report import Report, make_report
 from hfkv.tiering import apply_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors

@@ -43,9 +43,9 @@ class Codec:
     Attributes:
         bits: 8, 4, 3, 2, or 0 for the model's dtype.
         dim: features of a vector.
-        kind: `exact`, `affine` (scale byte, integer zero byte), `bounded` (the same with a step of at most `bound` of the
-            vector's range, PackKV), `fitted` (scale byte, codes around zero, scale refitted after coding) or `minmax`
-            (fp16 scale and zero, as LeanKV publishes it).
+        kind: `exact`, `affine` (scale byte, integer zero byte), `bounded` (the same with a step of at most `bound` of
+            the vector's range, PackKV), `fitted` (scale byte, codes around zero, scale refitted after coding) or
+            `minmax` (fp16 scale and zero, as LeanKV publishes it).
         unbiased: fitted codes keep <x, code> = <x, x> (values) instead of the least squared error (keys).
         signed: 8-bit codes are stored as code - 128, int8, as integer tensor cores take them (keys).
         dtype: element type of `exact`.
@@ -286,11 +286,13 @@ class PageLayout:
         cls, tier: Tier, dims: tuple[int, int], dtype: torch.dtype, scheme: str, tokens: int, scored: bool
     ) -> PageLayout:
         """The pages of a tier, for keys and values of `dims` features; `scheme`: `LeanKVConfig.codec`."""
-        key, value = (Codec.of(tier, side, dim, dtype, scheme) for side, dim in zip(("key", "value"), dims, strict=True))
+        key, value = (
+            Codec.of(tier, side, dim, dtype, scheme) for side, dim in zip(("key", "value"), dims, strict=True)
+        )
         pack = None
         if isinstance(tier, Packed):
-            sides = (PackedSide(c.dim, c.code_bits, tier.packs(s)) for c, s in ((key, "key"), (value, "value")))
-            pack = PackFormat(*sides, tier.repack)
+            sides = [PackedSide(c.dim, c.code_bits, tier.packs(s)) for c, s in ((key, "key"), (value, "value"))]
+            pack = PackFormat(sides[0], sides[1], tier.repack)
         return cls(key, value, tokens, scored, pack)
 
     @functools.cached_property

@@ -107,20 +107,18 @@ def test_orders(how, kind, seed):
 
 def grown(tokens):
     """The greedy order, token by token."""
-    left, order, members = list(range(BLOCK)), [], []
+    left, order = list(range(BLOCK)), []
     while left:
-        if len(order) % PACK == 0:
-            members = []
-
-        def cost(token):
-            features = zip(*(tokens[t] for t in [*members, token]), strict=True)
-            return sum((max(f) - min(f)).bit_length() for f in features)
-
-        best = left[0] if not members else min(left, key=cost)
-        left.remove(best)
-        members.append(best)
-        order.append(best)
+        members = order[len(order) // PACK * PACK :]
+        costs = {t: bits_of([tokens[m] for m in [*members, t]]) if members else 0 for t in left}
+        order.append(min(left, key=costs.__getitem__))
+        left.remove(order[-1])
     return order
+
+
+def bits_of(tokens):
+    """Bits of a token in mini-packs of these."""
+    return sum((max(feature) - min(feature)).bit_length() for feature in zip(*tokens, strict=True))
 
 
 def test_greedy_finds_what_belongs_together():
@@ -191,7 +189,11 @@ def tokens_of(layout, page):
 
 
 @given(
-    st.floats(0.005, 0.5), st.sampled_from([16, 64, 80]), st.sampled_from([1e-3, 0.1, 1.0]), st.floats(0, 2), st.integers(0, 99)
+    st.floats(0.005, 0.5),
+    st.sampled_from([16, 64, 80]),
+    st.sampled_from([1e-3, 0.1, 1.0]),
+    st.floats(0, 2),
+    st.integers(0, 99),
 )
 @settings(max_examples=200, deadline=None)
 def test_bound_holds(bound, dim, size, shift, seed):
@@ -208,7 +210,9 @@ def test_bound_holds(bound, dim, size, shift, seed):
 
 
 def test_config_survives_json():
-    config = LeanKVConfig(tiers=[(8, 4), Packed(rel_key=0.05, value_bits=2, sides="keys")], layers={2: {"tiers": [(8, 8), Packed()]}})
+    config = LeanKVConfig(
+        tiers=[(8, 4), Packed(rel_key=0.05, value_bits=2, sides="keys")], layers={2: {"tiers": [(8, 8), Packed()]}}
+    )
     again = LeanKVConfig.from_json(config.to_json())
     assert again == config and hash(again.tiers) == hash(config.tiers)
     assert again.packs and again.for_layer(2).tiers[1] == Packed(rel_key=0.1, rel_value=0.2)

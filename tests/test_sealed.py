@@ -49,9 +49,11 @@ def check_pool(pool):
         where = address[packed].flatten()
         size = pool._read_words(sealed, where, 1)
         words = hfkv.kernels.sealing.words_of(sealed.layout, size)
-        spans = sorted(zip((where >> OFFSET_BITS).tolist(), (where & (1 << OFFSET_BITS) - 1).tolist(), words.tolist()))
+        spans = sorted(
+            zip((where >> OFFSET_BITS).tolist(), (where & (1 << OFFSET_BITS) - 1).tolist(), words.tolist(), strict=True)
+        )
         live = {}
-        for (page, start, count), (other, next_start, _) in zip(spans, [*spans[1:], (-1, 0, 0)]):
+        for (page, start, count), (other, next_start, _) in zip(spans, [*spans[1:], (-1, 0, 0)], strict=True):
             live[page] = live.get(page, 0) + count
             assert start + count <= sealed.end[page] <= room_bytes(sealed.layout) // WORD
             assert page != other or start + count <= next_start
@@ -211,7 +213,9 @@ def test_generate_as_with_plain_tiers(model, choice, bits):
 @torch.no_grad()
 def test_error_bounded_tier_stays_close(model):
     """Over a prompt and two flushes, the closer the smaller the bound."""
-    caches = [DynamicCache()] + [LeanKVCache(LeanKVConfig(tiers=[Packed(rel_key=b, rel_value=b)])) for b in (0.006, 0.2)]
+    caches = [DynamicCache()] + [
+        LeanKVCache(LeanKVConfig(tiers=[Packed(rel_key=b, rel_value=b)])) for b in (0.006, 0.2)
+    ]
     exact, *others = (torch.cat([model(prompt(200), past_key_values=c).logits, steps(model, c, 1)], 1) for c in caches)
     near, far = ((other - exact).norm() / exact.norm() for other in others)
     assert near < 0.02 < 0.1 < far

@@ -15,7 +15,7 @@ from hfkv.kernels.triton.work import StepPlan
 from hfkv.observe import observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
-from hfkv.paging.rows import PackedRows
+from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sealed import SealingPool
 from hfkv.paging.table import PageTable
 
@@ -33,12 +33,18 @@ class PackKernels(FusedKernels):
         own = 0 if self._packs[1] is None else self._packs[1].nbytes
         return own + sum(plan.nbytes for _, plan in self._steps.values())
 
-    view = staticmethod(PackedLayer.work)
     attend_chunk = staticmethod(attend_chunk)
     observe_stored = staticmethod(observe_stored)
     stored = staticmethod(PlainKernels.stored)
     checker = staticmethod(PlainKernels.checker)
-    code = staticmethod(PackedRows.code_incoming)
+
+    @staticmethod
+    def view(packed: PackedLayer) -> Any:
+        return packed.work()
+
+    @staticmethod
+    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
+        return packed.code_incoming(plan, incoming)
 
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         packs, plan = self._step_plans(past, q.shape[1] // past.window.heads * q.shape[2])

@@ -28,8 +28,8 @@ def repack(keys: Tensor, values: Tensor, how: str) -> Tensor:
 
     Args:
         keys, values: codes uint8 [n, 64, dim] of what is packed; a side without features counts for nothing.
-        how: `none`, `greedy` (a pack grows by the token that widens its mini-packs least), `median` (by the median value
-            code) or `bucket` (4 equal buckets of the sum of all codes).
+        how: `none`, `greedy` (a pack grows by the token that widens its mini-packs least), `median` (by the median
+            value code) or `bucket` (4 equal buckets of the sum of all codes).
     """
     n, device = keys.shape[0], keys.device
     if how == "greedy":

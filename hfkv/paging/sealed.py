@@ -387,7 +387,9 @@ class SealingPool(PagePool):
 
     def _page_with_room(self, sealed: _Sealed, size: int) -> int:
         """The fullest open page that has so many words left, or a new one."""
-        best = max((p for p in sealed.open if sealed.end[p] + size <= sealed.words), key=sealed.end.__getitem__, default=None)
+        best = max(
+            (p for p in sealed.open if sealed.end[p] + size <= sealed.words), key=sealed.end.__getitem__, default=None
+        )
         if best is not None:
             return best
         self._ensure(sealed.room, 1)

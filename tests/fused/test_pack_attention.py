@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import build, left_padded
+from families import build, prompt
 from oracle import make_layer, relative_rms
 from test_decode_attention import BOUNDS, make_past, make_queries, reference
 
@@ -49,20 +49,17 @@ def test_softcap_and_sinks():
 def test_generate_by_kernels(monkeypatch):
     """A prompt and two flushes, with pruning, as in plain torch."""
     model = hfkv.enable(build("llama"))
-    config = LeanKVConfig(tiers=[(8, 4), Packed(rel_key=0.05, rel_value=0.1)], keep_share=0.8, high_share=0.1)
+    tiers = [(8, 4), Packed(rel_key=0.05, rel_value=0.1)]
+    config = LeanKVConfig(tiers=tiers, keep_share=0.8, high_share=0.1, window=16, flush=4)
     caches = []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("HFKV_BACKEND", backend)
         cache = LeanKVCache(config)
-        inputs = left_padded([150, 230])
-        out = [model(**inputs, past_key_values=cache).logits[:, -1]]
-        mask = inputs["attention_mask"]
-        for i in range(68):
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            ids = torch.tensor([[i % 100 + 1], [(7 * i) % 100 + 2]])
-            out.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        ids = torch.cat([prompt(150), prompt(9, seed=1)], 1)
+        out = [model(part, past_key_values=cache).logits[:, -1] for part in ids.split([150, *[1] * 9], 1)]
         caches.append((cache, torch.stack(out)))
     (plain, want), (fused, got) = caches
     assert (plain.report().backend, fused.report().backend) == ("torch", "triton")
     assert relative_rms(got, want) < 2e-4
     assert fused.report().bytes["codes"] == plain.report().bytes["codes"]
+    assert fused.report().bytes["pack_headers"] > 0

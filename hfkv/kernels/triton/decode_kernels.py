@@ -693,7 +693,7 @@ def _attend_window(
 
 @triton.jit
 def _merge(
-    acc_ptr, stats_ptr, unit, column, held, exact, top, l, packed, plain,
+    acc_ptr, stats_ptr, unit, column, held, exact, top, mass_so_far, packed, plain,
     NH: tl.constexpr, DV: tl.constexpr, WIDE_V: tl.constexpr,
 ):  # fmt: skip
     """Take partial results into the sums over packed and over exact tokens, both relative to 2 ** top."""
@@ -707,10 +707,10 @@ def _merge(
     higher = tl.maximum(top, tl.max(tl.where(used, reference, NOWHERE), 0))
     alpha = tl.exp2(top - higher)
     f = tl.where(used, tl.exp2(reference - higher), 0.0)
-    l = l * alpha + tl.sum(f * mass, 0)  # noqa: E741
+    mass_so_far = mass_so_far * alpha + tl.sum(f * mass, 0)
     packed = packed * alpha + tl.sum(acc * tl.where(exact, 0.0, f)[:, None], 0)
     plain = plain * alpha + tl.sum(acc * tl.where(exact, f, 0.0)[:, None], 0)
-    return higher, l, packed, plain
+    return higher, mass_so_far, packed, plain
 
 
 @triton.jit

@@ -24,7 +24,6 @@ from hfkv.kernels.triton.packing import (
     P_DIM,
     P_HEADER,
     P_PLANE,
-    P_RAW,
     P_WIDTH_BITS,
     RAW,
     RUN,
@@ -184,7 +183,9 @@ def attend_packs(
 def side_meta(layout: PageLayout, side: str) -> tuple[Any, ...]:
     """How a pack's metadata of one side are read."""
     codec = layout.key if side == "key" else layout.value
-    starts = [(layout.fields[f"{side}_{name}"][0] - layout.meta_start) // layout.tokens * PACK for name in ("scale", "zero")]
+    starts = [
+        (layout.fields[f"{side}_{name}"][0] - layout.meta_start) // layout.tokens * PACK for name in ("scale", "zero")
+    ]
     return (KINDS[codec.kind], codec.center, *starts)
 
 
@@ -261,7 +262,8 @@ class PackPlan:
             index = torch.arange(table.ids.shape[1], device=row.device).expand(packed.rows, -1)
             own.lengths[:, tier] -= BLOCK * counts
             held = index < own.page_counts(tier, BLOCK)[:, None]
-            own.write(tier, *held.nonzero(as_tuple=True), plain[held])
+            row, index = held.nonzero(as_tuple=True)
+            own.write(tier, row, index, plain[held])
         layouts = [replace(layout, pack=None) for layout in packed.layouts]
         return cls(PlainPages(layouts, own, pool, packed.basis), sealed)
 
