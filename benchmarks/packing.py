@@ -7,7 +7,7 @@ metadata, `0.1` error-bounded with that bound, `-` exact; a leading `h` rotates,
 one step for the whole head. Bytes are per token and KV head with scales, zeros, pack headers and addresses; tokens
 short of a block of 64 count with plain codes. Rows are kept as they come, in `results/packing.jsonl`.
 
-    python benchmarks/packing.py --texts 4 --tokens 1000
+    python benchmarks/packing.py --texts 3 --tokens 1000
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ PACK_BYTES = 4 + 8
 SCORE_BYTES = 6
 
 SETTINGS = [
-    # plain tiers
+    # codes of plain tiers
     *("h4|h2", "h4|h3", "h4|h4", "h3|h2", "4|2", "4|3", "4|4", "m4|m2", "m4|m4", "h4|2", "4|h2"),
+    # error-bounded, and the mean key subtracted
+    *("0.1|0.2", "0.1|h2", "h0.15|h2", "sh4|h2"),
     # one side alone
     *("4|-", "h4|-", "h3|-", "0.05|-", "0.07|-", "0.1|-", "0.15|-", "0.2|-", "h0.1|-", "h0.15|-", "h0.2|-"),
     *("s0.1|-", "s0.15|-", "=0.07|-", "=0.1|-", "=0.15|-", "=0.2|-", "h=0.1|-", "h=0.15|-", "s=0.1|-"),
@@ -327,7 +329,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=1000, help="tokens of a prompt")
-    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=3)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="codes of keys and values: 'h4|h2' '0.1|0.2'")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)

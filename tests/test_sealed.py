@@ -15,7 +15,8 @@ import hfkv
 from hfkv import LeanKVCache, LeanKVConfig, OutOfPages, Packed
 from hfkv.kernels.quantize_pack import code_tokens
 from hfkv.packing import BLOCK, WORD
-from hfkv.paging.sealed import DEAD, NOTHING, OFFSET_BITS, SealingPool, room_bytes
+from hfkv.paging.rooms import DEAD, NOTHING, OFFSET_BITS, room_bytes
+from hfkv.paging.sealed import SealingPool
 from hfkv.quant import PageLayout
 
 LAYOUTS = [
@@ -53,7 +54,7 @@ def check_pool(pool):
             zip((where >> OFFSET_BITS).tolist(), (where & (1 << OFFSET_BITS) - 1).tolist(), words.tolist(), strict=True)
         )
         live = {}
-        for (page, start, count), (other, next_start, _) in zip(spans, [*spans[1:], (-1, 0, 0)], strict=True):
+        for (page, start, count), (other, next_start, _) in zip(spans, [*spans[1:], (-1, 0, 0)], strict=False):
             live[page] = live.get(page, 0) + count
             assert start + count <= sealed.end[page] <= room_bytes(sealed.layout) // WORD
             assert page != other or start + count <= next_start

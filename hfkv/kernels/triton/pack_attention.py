@@ -33,7 +33,8 @@ from hfkv.kernels.triton.packing import (
 from hfkv.kernels.triton.work import COLUMNS, StepPlan, row_entries
 from hfkv.packing import BLOCK, PACK
 from hfkv.paging.packed import PackedLayer
-from hfkv.paging.sealed import NOTHING, OFFSET_BITS, SealingPool, room_bytes
+from hfkv.paging.rooms import NOTHING, OFFSET_BITS, room_bytes
+from hfkv.paging.sealed import SealingPool
 from hfkv.paging.table import PageTable
 from hfkv.quant import PageLayout
 
