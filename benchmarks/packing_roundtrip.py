@@ -126,8 +126,9 @@ def layout_of(tier: Packed, dims: tuple[int, int]) -> PageLayout:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=100_000, help="random blocks")
+    parser.add_argument("--blocks", type=int, default=100_000, help="random blocks; 0: none")
     parser.add_argument("--tokens", type=int, default=1000, help="of the real text; 0: none")
+    parser.add_argument("--every", type=int, default=9, help="one of so many of its blocks is taken")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -144,13 +145,13 @@ def main() -> None:
         row["bytes"] += size
         row["plain_bytes"] += pages.numel()
 
-    for kind, codes, dims, how in tqdm(cases, desc="random"):
+    for kind, codes, dims, how in tqdm(cases if args.blocks else [], desc="random"):
         layout = layout_of(tier_of(codes, how, chosen.choice(("both", "both", "keys", "values"))), dims)
         each = math.ceil(args.blocks * DIMS[dims] * len(DIMS) / len(cases))
         for first in range(0, each, AT_ONCE):
             note(kind, how, layout, random_pages(layout, kind, min(AT_ONCE, each - first)))
     if args.tokens:
-        k, v = real_vectors(args.tokens)
+        k, v = (side[:: args.every] for side in real_vectors(args.tokens))
         turn = rotation(k.shape[-1], 0)[0]
         for name, turned in (("real", False), ("real, rotated", True)):
             for codes, how in tqdm(list(itertools.product(CODES, REPACKS)), desc=name):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hfkv import LeanKVConfig, Packed
 from hfkv.kernels.packing import bit_length, measure, pack, repack, unpack
 from hfkv.kernels.quantize_pack import code_tokens
-from hfkv.kernels.sealing import PACKS, is_full, pack_words, seal, unseal, words_of
+from hfkv.kernels.sealing import PACKS, bytes_per_token, is_full, pack_words, seal, unseal, words_of
 from hfkv.packing import BLOCK, HEAD, PACK, REPACKS, PackedSide
 from hfkv.quant import PageLayout, decode, encode
 
@@ -160,6 +160,16 @@ def test_pages_come_back_with_all_that_belongs_to_their_tokens(tier, dims, score
     if tier.repack == "none":
         assert torch.equal(again, pages)
     assert HEAD + PACK * layout.token_bytes + 8 >= 8 * int(words.max())
+
+
+def test_bytes_per_token_are_those_of_the_packs():
+    """Offsets in the channels are what packing gains on, rotated or not; without them it gains nothing."""
+    plain, packed = (PageLayout.of(t, (64, 64), torch.float32, "fitted", BLOCK, False) for t in ((4, 2), TIERS[1]))
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    offset = 4 * torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    assert bytes_per_token(packed, x + offset, x) < 0.9 * plain.token_bytes < bytes_per_token(packed, x, x)
+    with pytest.raises(ValueError, match="63 tokens"):
+        bytes_per_token(packed, x[:63], x[:63])
 
 
 def full_pages(layout, count, seed=0):

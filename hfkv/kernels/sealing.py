@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.packing import pack, repack, unpack
+from hfkv.kernels.quantize_pack import code_tokens
 from hfkv.packing import BLOCK, HEAD, PACK, RAW, WORD, PackFormat
 from hfkv.quant import Codec, PageLayout, pack_codes, unpack_codes
 
 PACKS = BLOCK // PACK
 """Packs of a page."""
+
+ADDRESS = 8
+"""Bytes of a pack's place in the table of handles."""
 
 SEALED_AT_ONCE = 512
 OPENED_AT_ONCE = 2048
@@ -108,6 +112,28 @@ def words_from(layout: PageLayout, head: int) -> int:
     """Words of a pack, from its first one."""
     key, value = head & (RAW - 1), (head >> 16) & (RAW - 1)
     return -(-(HEAD + PACK * meta_bytes(layout) + key + value) // WORD)
+
+
+def bytes_per_token(layout: PageLayout, keys: Tensor, values: Tensor) -> float:
+    """What a token of a packed tier takes, for vectors of one head in their rotated basis: what a calibration asks.
+
+    Args:
+        keys, values: [tokens, dim]; what is short of whole blocks of 64 is left out, at least one block is needed.
+
+    Raises:
+        ValueError: fewer than 64 tokens.
+    """
+    blocks = keys.shape[0] // BLOCK
+    if blocks == 0:
+        raise ValueError(f"{keys.shape[0]} tokens: packs are made of {BLOCK} tokens, give at least as many")
+    none = torch.zeros(blocks * BLOCK, device=keys.device)
+    tokens = code_tokens(layout, keys[: blocks * BLOCK], values[: blocks * BLOCK], none, none)
+    pages = torch.zeros(blocks, layout.page_bytes, dtype=torch.uint8, device=keys.device)
+    for name, part in tokens.items():
+        part = part.unflatten(0, (blocks, BLOCK))
+        layout.view(pages, name).copy_(part.transpose(1, 2) if name == "value" else part)
+    _, words = seal(layout, pages)
+    return float(words.sum()) * WORD / (blocks * BLOCK) + ADDRESS / PACK
 
 
 # ---- what a token has beside its codes ---------------------------------------------------------------------------
