@@ -33,7 +33,7 @@ def attend(arch: int, tier: Packed = K4V2, dim: int = 128, dtype: str = "bf16", 
         constants=pack_attention_constants(layout)
         | {"NH": COLUMNS, "DV": dim, "WIDE": row_entries(dim), "WIDE_V": row_entries(dim), "CAPPED": capped}
         | {"FULL": full},
-        warps=pack_attention.WARPS,
+        warps=pack_attention.warps_of(layout),
         loops=() if full else ((str(tier), PACK * 2 * dim, pack, pack),),
         product="HMMA",
         held=False,

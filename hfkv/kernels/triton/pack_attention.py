@@ -41,8 +41,6 @@ from hfkv.quant import PageLayout
 OFFSET = tl.constexpr(OFFSET_BITS)
 OFFSET_MASK = tl.constexpr((1 << OFFSET_BITS) - 1)
 LARGEST_SPLIT = 64
-WARPS = 2
-"""Of a program; one needs fewer instructions, but more registers than there are at head_dim 256."""
 
 # How the metadata of a side are read, a tuple of numbers: these are its positions.
 M_KIND = tl.constexpr(0)
@@ -181,6 +179,11 @@ def attend_packs(
     tl.store(stats_ptr + place * 2 * NH + NH + i_n, l)
 
 
+def warps_of(layout: PageLayout) -> int:
+    """Warps of a program: as few as have the registers that a pack's codes take."""
+    return 1 if max(layout.key.dim, layout.value.dim) <= 128 else 2
+
+
 def side_meta(layout: PageLayout, side: str) -> tuple[Any, ...]:
     """How a pack's metadata of one side are read."""
     codec = layout.key if side == "key" else layout.value
@@ -298,7 +301,7 @@ class PackPlan:
                 pool.chunk_addresses, acc, stats, softcap, sealed.handles.shape[1],
                 plan.tiles, splits, self.parts(plan), i * splits, **pack_attention_constants(sealed.layout),
                 NH=COLUMNS, DV=value_dim, WIDE=row_entries(sealed.layout.key.dim), WIDE_V=row_entries(value_dim),
-                CAPPED=capped, FULL=full, num_warps=WARPS,
+                CAPPED=capped, FULL=full, num_warps=warps_of(sealed.layout),
             )  # fmt: skip
         return acc, stats
 
