@@ -31,7 +31,8 @@ GROWTH = 0.03
 OPEN = 8
 """Pages of packs that are filled at a time: packs of different sizes find a place."""
 
-FIRST_HANDLES = 64
+HANDLES, NO_MEMORY = 8, -2
+"""Handles of a chunk without memory, and what such a chunk is noted as in the place of a class."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sealed:
         layout: what pages are read as.
         plain, room: classes of plain pages and of pages of packs.
         address: int64 [handles, 4], see `NOTHING`.
-        free: handles that no page table holds.
+        free: ids that no page table holds.
         live: words in use by page of packs.
         end: words written by page of packs.
         open: pages that packs still go to.

@@ -16,8 +16,8 @@ from torch import Tensor
 from hfkv.kernels import sealing
 from hfkv.kernels.sealing import PACKS, meta_words, pack_words
 from hfkv.packing import HEAD, WORD
-from hfkv.paging.pool import OutOfPages
-from hfkv.paging.rooms import DEAD, FIRST_HANDLES, NOTHING, PackPage, RoomPool, Sealed, room_bytes
+from hfkv.paging.pool import SLOT_BITS, OutOfPages
+from hfkv.paging.rooms import DEAD, HANDLES, NO_MEMORY, NOTHING, PackPage, RoomPool, Sealed, room_bytes
 from hfkv.quant import PageLayout
 
 
@@ -43,12 +43,14 @@ class SealingPool(RoomPool):
         super().__init__(device, max_bytes)
         self._sealed: list[Sealed] = []
         self.sealer = sealing.seal
+        self._first_number = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks], of those of handles
 
     # ---- sizes -----------------------------------------------------------------------------------------------------
 
     @property
     def table_bytes(self) -> int:
-        return super().table_bytes + sum(sealed.address.nbytes for sealed in self._sealed)
+        own = sum(sealed.address.nbytes for sealed in self._sealed) + self._first_number.nbytes
+        return super().table_bytes + own
 
     @property
     def used_bytes(self) -> int:
@@ -69,7 +71,7 @@ class SealingPool(RoomPool):
     def sealed_bytes(self, cls: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Bytes int64 [n] that pages take as they are held, and of these those of pack heads, minima and widths."""
         sealed = self._sealed[~cls]
-        address, layout = sealed.address[ids.long()], sealed.layout
+        address, layout = sealed.address[self.numbers(ids)], sealed.layout
         packed = address[:, 1] != NOTHING
         total = torch.where(packed, 0, layout.page_bytes)
         header = torch.zeros_like(total)
@@ -94,9 +96,8 @@ class SealingPool(RoomPool):
                 return ~index
         plain = super().class_of(replace(layout, pack=None))
         room = super().class_of(PackPage(room_bytes(layout)))  # type: ignore[arg-type]
-        address = torch.full((FIRST_HANDLES, PACKS), NOTHING, dtype=torch.int64, device=self.device)
-        free = list(range(FIRST_HANDLES - 1, -1, -1))
-        self._sealed.append(Sealed(layout, plain, room, address, free))
+        address = torch.full((0, PACKS), NOTHING, dtype=torch.int64, device=self.device)
+        self._sealed.append(Sealed(layout, plain, room, address))
         return ~(len(self._sealed) - 1)
 
     # ---- allocate and release --------------------------------------------------------------------------------------
@@ -129,12 +130,29 @@ class SealingPool(RoomPool):
         if cls >= 0:
             return super().allocate(cls, demand)
         sealed, total = self._sealed[~cls], int(demand.sum())
-        while len(sealed.free) < total:
-            held = sealed.address.shape[0]
-            sealed.address = torch.cat([sealed.address, torch.full_like(sealed.address, NOTHING)])
-            sealed.free = [*range(2 * held - 1, held - 1, -1), *sealed.free]
-        handles = [sealed.free.pop() for _ in range(total)]
-        return torch.tensor(handles, dtype=torch.int32, device=self.device)
+        if len(sealed.free) < total:
+            self._more_handles(sealed, max(total - len(sealed.free), sealed.address.shape[0] // 4))
+        ids = [sealed.free.pop() for _ in range(total)]
+        return torch.tensor(ids, dtype=torch.int32, device=self.device)
+
+    def _more_handles(self, sealed: Sealed, count: int) -> None:
+        """Handles are numbered like the pages of chunks without memory, so that no page has the same id."""
+        chunks, first, held = -(-count // HANDLES), len(self._owner), sealed.address.shape[0]
+        self._owner += [NO_MEMORY] * chunks
+        for name in ("_used", "_arena_of", "_offset_of", "chunk_addresses"):
+            setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, chunks)))
+        more = torch.full((chunks * HANDLES, PACKS), NOTHING, dtype=torch.int64, device=self.device)
+        sealed.address = torch.cat([sealed.address, more])
+        self._first_number = torch.nn.functional.pad(
+            self._first_number, (0, len(self._owner) - len(self._first_number))
+        )
+        self._first_number[first:] = held + HANDLES * torch.arange(chunks, device=self.device)
+        ids = [(first + i) << SLOT_BITS | slot for i in range(chunks) for slot in range(HANDLES)]
+        sealed.free = [*reversed(ids), *sealed.free]
+
+    def numbers(self, ids: Tensor) -> Tensor:
+        """Rows int64 [n] of handles in the addresses of their class."""
+        return self._first_number[(ids >> SLOT_BITS).long()] + (ids & ((1 << SLOT_BITS) - 1))
 
     def release(self, cls: int, ids: Tensor) -> None:
         if cls >= 0:
@@ -147,12 +165,12 @@ class SealingPool(RoomPool):
 
     def _forget(self, sealed: Sealed, ids: Tensor) -> None:
         """Give up what handles name: plain pages go back, packs are dead."""
-        address = sealed.address[ids.long()]
+        address = sealed.address[self.numbers(ids)]
         packed = address[:, 1] != NOTHING
         plain = ~packed & (address[:, 0] != NOTHING)
         super().release(sealed.plain, address[plain, 0].int())
         self._bury(sealed, address[packed].flatten())
-        sealed.address[ids.long()] = NOTHING
+        sealed.address[self.numbers(ids)] = NOTHING
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
@@ -163,7 +181,7 @@ class SealingPool(RoomPool):
         if cls >= 0:
             return super().gather(cls, ids)
         sealed = self._sealed[~cls]
-        address = sealed.address[ids.long()]
+        address = sealed.address[self.numbers(ids)]
         packed = address[:, 1] != NOTHING
         plain = ~packed & (address[:, 0] != NOTHING)
         out = torch.zeros(ids.numel(), sealed.layout.page_bytes, dtype=torch.uint8, device=self.device)
@@ -180,15 +198,15 @@ class SealingPool(RoomPool):
             super().scatter(cls, ids, pages)
             return
         sealed = self._sealed[~cls]
-        address = sealed.address[ids.long()]
+        address = sealed.address[self.numbers(ids)]
         was_plain = (address[:, 0] != NOTHING) & (address[:, 1] == NOTHING)
         packed = sealing.is_full(sealed.layout, pages) & ~was_plain
         self._seal(sealed, ids[packed], pages[packed])
         loose, loose_pages, known = ids[~packed], pages[~packed], was_plain[~packed]
         self._forget(sealed, loose[~known])
         self._ensure(sealed.plain, int((~known).sum()))
-        sealed.address[loose[~known].long(), 0] = super().allocate(sealed.plain, (~known).long()).long()
-        super().scatter(sealed.plain, sealed.address[loose.long(), 0].int(), loose_pages)
+        sealed.address[self.numbers(loose[~known]), 0] = super().allocate(sealed.plain, (~known).long()).long()
+        super().scatter(sealed.plain, sealed.address[self.numbers(loose), 0].int(), loose_pages)
         self._rewrite(sealed)
 
     def settle(self, cls: int, ids: Tensor) -> None:
@@ -196,8 +214,8 @@ class SealingPool(RoomPool):
         if cls >= 0:
             return
         sealed = self._sealed[~cls]
-        address = sealed.address[ids.long()]
-        ids = ids[(address[:, 0] != NOTHING) & (address[:, 1] == NOTHING)]
+        address = sealed.address[self.numbers(ids)]
+        ids = ids[(address[:, 0] != NOTHING) & (address[:, 1] == NOTHING)].unique()
         pages = self.gather(cls, ids)
         full = sealing.is_full(sealed.layout, pages)
         self._seal(sealed, ids[full], pages[full])
@@ -206,7 +224,7 @@ class SealingPool(RoomPool):
         if cls >= 0:
             return super().read(cls, ids, start, stop)
         sealed = self._sealed[~cls]
-        layout, address = sealed.layout, sealed.address[ids.long()]
+        layout, address = sealed.layout, sealed.address[self.numbers(ids)]
         assert start >= layout.meta_start, "only the metadata of sealed pages can be read alone"
         packed = address[:, 1] != NOTHING
         plain = ~packed & (address[:, 0] != NOTHING)
@@ -224,7 +242,7 @@ class SealingPool(RoomPool):
             super().write(cls, ids, start, data)
             return
         sealed = self._sealed[~cls]
-        layout, address = sealed.layout, sealed.address[ids.long()]
+        layout, address = sealed.layout, sealed.address[self.numbers(ids)]
         assert start >= layout.meta_start, "only the metadata of sealed pages can be written alone"
         packed = address[:, 1] != NOTHING
         plain = ~packed & (address[:, 0] != NOTHING)
@@ -247,7 +265,7 @@ class SealingPool(RoomPool):
         if cls >= 0:
             return super().dump(cls, ids)
         sealed = self._sealed[~cls]
-        address = sealed.address[ids.long()]
+        address = sealed.address[self.numbers(ids)]
         packed = address[:, 1] != NOTHING
         packs = self._read_words(sealed, address[packed].flatten(), pack_words(sealed.layout))
         inside = torch.arange(packs.shape[1], device=self.device) < sealing.words_of(sealed.layout, packs)[:, None]
@@ -267,7 +285,7 @@ class SealingPool(RoomPool):
         index = index + torch.arange(most, device=self.device)
         held = packs[index.clamp_(max=max(packs.numel() - 1, 0))]
         where = self._store(sealed, held, sealing.words_of(sealed.layout, held))
-        sealed.address[ids[packed].long()] = where.view(-1, PACKS)
+        sealed.address[self.numbers(ids[packed])] = where.view(-1, PACKS)
         self.scatter(cls, ids[~packed], part("pages"))
 
     def _seal(self, sealed: Sealed, ids: Tensor, pages: Tensor) -> None:
@@ -276,4 +294,4 @@ class SealingPool(RoomPool):
             packs, words = self.sealer(sealed.layout, pages)
             where = self._store(sealed, packs.flatten(0, 1), words.flatten())
             self._forget(sealed, ids)
-            sealed.address[ids.long()] = where.view(-1, PACKS)
+            sealed.address[self.numbers(ids)] = where.view(-1, PACKS)

@@ -230,7 +230,7 @@ class SealedPages:
     """The sealed pages of one tier.
 
     Attributes:
-        handles: int32 [rows, width], of which each row has the first `counts`, int32 [rows].
+        handles: int32 [rows, width], numbers of handles, of which each row has the first `counts`, int32 [rows].
     """
 
     layout: PageLayout
@@ -258,9 +258,10 @@ class PackPlan:
             if number >= 0:
                 own.write(tier, row, index, ids)
                 continue
-            address = pool.addresses(number)[ids.long()]
+            numbers = pool.numbers(ids)
+            address = pool.addresses(number)[numbers]
             is_sealed = address[:, 1] != NOTHING
-            handles, counts = _by_row(ids, row, is_sealed, packed.rows, table.ids.shape[1])
+            handles, counts = _by_row(numbers, row, is_sealed, packed.rows, table.ids.shape[1])
             sealed.append(SealedPages(layout, number, handles, counts))
             plain, _ = _by_row(address[:, 0].int(), row, ~is_sealed, packed.rows, table.ids.shape[1])
             index = torch.arange(table.ids.shape[1], device=row.device).expand(packed.rows, -1)
