@@ -11,7 +11,7 @@ OLDEST ?= transformers==5.15.0
 
 # `make gpu` runs on what a machine with a GPU has: torch, triton and transformers of $(PYTHON), nothing installed.
 OUT ?= gpu-results
-GPU_PARTS = decode prompt flush generate long
+GPU_PARTS = decode prompt flush generate long packs
 GPU_SECONDS ?= 480
 GPU_BENCH ?=
 

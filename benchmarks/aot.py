@@ -61,7 +61,7 @@ def compiled(build: Build) -> tuple[Code, int]:
 
 def hot_loops(build: Build, code: Code) -> list[Loop]:
     """The page loops of a build without masks, one per entry of `build.loops`: a mask makes the longer of two."""
-    found = [loop for loop in code.loops if any(op.startswith("IMMA") for op in loop.products)]
+    found = [loop for loop in code.loops if any(op.startswith(build.product) for op in loop.products)]
     groups: dict[tuple[int, ...], list[Loop]] = {}
     for loop in found:
         groups.setdefault((loop.wide_async, *sorted(loop.products.values())), []).append(loop)

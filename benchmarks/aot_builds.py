@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import aot_packs
 import torch
 from aot_launches import Build, chunk, counted, elected, flush, observed, prompt
 
@@ -121,18 +122,20 @@ def prepare(
     )
 
 
-def combine(arch: int, dim: int = 128, dtype: str = "bf16", plain: bool = False) -> Build:
-    """The kernel that merges a row's items; `plain`: without rotation and sinks."""
+def combine(arch: int, dim: int = 128, dtype: str = "bf16", plain: bool = False, parts: int = 0) -> Build:
+    """The kernel that merges a row's items; `plain`: without rotation and sinks; `parts`: results of packs per row."""
     absent = ("rotation_ptr", "sinks_ptr") if plain else ()
-    pointers = {"acc_ptr": "fp32", "stats_ptr": "fp32", "items_ptr": "i32", "offsets_ptr": "i32"}
+    pointers = {"acc_ptr": "fp32", "stats_ptr": "fp32", "more_acc_ptr": "fp32", "more_stats_ptr": "fp32"}
+    pointers |= {"items_ptr": "i32", "offsets_ptr": "i32"}
     pointers |= {"rotation_ptr": "fp32", "sinks_ptr": "fp32", "out_ptr": dtype}
     return Build(
-        name=" ".join(["combine", f"D{dim}", *["plain"] * plain]),
+        name=" ".join(["combine", f"D{dim}", *["plain"] * plain, *["packs"] * (parts > 0)]),
         kernel=decode_kernels.combine_items,
         arch=arch,
         types={name: f"*{kind}" for name, kind in pointers.items() if name not in absent}
         | dict.fromkeys(("window", "heads", "queries", "columns", "tiles"), "i32"),
-        constants=dict(NH=COLUMNS, DV=dim, WIDE_V=row_entries(dim), BLOCK=ROTATED, STEP=MERGED) | dict.fromkeys(absent),
+        constants=dict(PARTS=parts, NH=COLUMNS, DV=dim, WIDE_V=row_entries(dim), BLOCK=ROTATED, STEP=MERGED)
+        | dict.fromkeys(absent),
         warps=4,
     )
 
@@ -144,7 +147,7 @@ def guarding() -> Iterator[Build]:
     """One build or more of every kernel: what the gate compiles."""
     for arch in (90, 80, 89, 100, 120):
         yield decode((K8V4, K4V2), arch)
-    for arch in (90, 80, 100, 120):
+    for arch in (90, 80, 120):
         yield prepare(arch)
         yield combine(arch)
     yield decode((K8V4,), 90)
@@ -157,7 +160,8 @@ def guarding() -> Iterator[Build]:
     yield from prompt(90)
     yield from (build for build in chunk(80) if build.name.startswith("attend_pages"))
     yield from prompt(80)
-    yield from elected(90)
+    yield combine(90, parts=8)
+    yield from aot_packs.guarding()
 
 
 def further() -> Iterator[Build]:
@@ -176,8 +180,9 @@ def further() -> Iterator[Build]:
         yield prepare(arch, split=True)
         yield prepare(arch, dtype="fp32", coded=False, split=True)
         yield combine(arch, plain=True)
-    yield prepare(89)
-    yield combine(89)
+    for arch in (89, 100):
+        yield prepare(arch)
+        yield combine(arch)
     for arch in (80, 90, 100, 120):
         yield from counted(arch)
     for arch in (80, 120):
@@ -205,6 +210,7 @@ def further() -> Iterator[Build]:
         yield from flush(90, dim=dim, which="pack")
         yield from flush(90, dim=dim, which="recode")
     yield from chunk(90, 64, torch.float32)
+    yield from aot_packs.further()
 
 
 @functools.cache

@@ -66,6 +66,7 @@ class Build:
         aligned: arguments besides pointers that are multiples of 16.
         registers: that a thread may have; None: the compiler decides.
         loops: per hot loop, most bytes first: its name, and its codes, page bytes and bytes read per iteration.
+        product: tensor-core instruction that the hot loops are known by.
         held: whether the limits on hot loops and spills hold for it.
     """
 
@@ -79,6 +80,7 @@ class Build:
     aligned: tuple[str, ...] = ()
     registers: int | None = None
     loops: tuple[tuple[str, int, int, int], ...] = ()
+    product: str = "IMMA"
     held: bool = True
 
 

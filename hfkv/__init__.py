@@ -16,6 +16,7 @@ from hfkv.cache import LeanKVCache  # noqa: E402
 from hfkv.config import LeanKVConfig  # noqa: E402
 from hfkv.enable import disable, enable  # noqa: E402
 from hfkv.graphs import DecodeReport, compile_decode, decode_report  # noqa: E402
+from hfkv.packing import Packed  # noqa: E402
 from hfkv.paging.pool import OutOfPages  # noqa: E402
 from hfkv.reconstruct import reconstruct  # noqa: E402
 from hfkv.report import Report  # noqa: E402
@@ -25,6 +26,7 @@ __all__ = [
     "LeanKVCache",
     "LeanKVConfig",
     "OutOfPages",
+    "Packed",
     "Report",
     "__version__",
     "compile_decode",

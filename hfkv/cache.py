@@ -26,6 +26,7 @@ from hfkv.natives import check_native
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import OutOfPages, PagePool
 from hfkv.paging.rows import PackedRows
+from hfkv.paging.sealed import SealingPool
 from hfkv.paging.sharing import share_pages
 from hfkv.report import Report, TokenMap, make_report, token_map
 from hfkv.rope import Rotary, rotary_of
@@ -251,7 +252,7 @@ class LeanKVCache(LazyLinearLayers):
     def pool(self, device: torch.device) -> PagePool:
         """The page pool of a device."""
         if device not in self._pools:
-            self._pools[device] = PagePool(device)
+            self._pools[device] = SealingPool(device) if self.config.packs else PagePool(device)
         return self._pools[device]
 
     @property
@@ -261,7 +262,7 @@ class LeanKVCache(LazyLinearLayers):
     def page_tokens(self, tokens: int, tiers: int) -> int:
         """Tokens per page: 64, or 32 where half-filled pages of 64 would waste over 1 % of a head's `tokens`."""
         if self._page_tokens is None:
-            small = 32 * tiers > PAGE_WASTE * tokens
+            small = 32 * tiers > PAGE_WASTE * tokens and not self.config.packs
             self._page_tokens = self.config.page_tokens or (32 if small else 64)
         return self._page_tokens
 

@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hfkv.packing import Packed
+
 EXACT = "exact"
 BITS = (8, 4, 3, 2)
 CODECS = ("fitted", "minmax")
 PAGE_TOKENS = (32, 64)
 MAX_LAYERS = 1024
 
-Tier = tuple[int, int] | str
-"""(key bits, value bits), or `"exact"` for the model's own dtype."""
+Tier = tuple[int, int] | str | Packed
+"""(key bits, value bits), `"exact"` for the model's own dtype, or packed codes."""
 
 OVERRIDABLE = (
     "tiers",
@@ -39,7 +41,8 @@ class LeanKVConfig:
     """How LeanKVCache keeps tokens: tiers, who gets which, and how vectors are coded.
 
     Args:
-        tiers: one or two tiers, best first; each `(key bits, value bits)` with bits from {8, 4, 3, 2}, or `"exact"`.
+        tiers: one or two tiers, best first; each `(key bits, value bits)` with bits from {8, 4, 3, 2}, `"exact"`, or
+            `Packed(...)`.
         high_share: share of the packed tokens of a layer and sequence that the first of two tiers holds, in [0, 1].
         keep_share: share of the packed tokens that is kept at all, in (0, 1]; the rest is pruned.
         alpha_high: significance threshold of the first tier; 1 is what uniform attention gives (LeanKV, section 4).
@@ -137,6 +140,12 @@ class LeanKVConfig:
         names = (self.score,) if isinstance(self.score, str) else self.score
         return self.selects and (callable(names) or bool({"replay", "kvzip", "expected_attention"} & set(names or ())))
 
+    @property
+    def packs(self) -> bool:
+        """True where a tier of some layer is `Packed`."""
+        tiers = [*self.tiers, *(tier for over in self.layers.values() for tier in over.get("tiers", ()))]
+        return any(isinstance(tier, Packed) for tier in tiers)
+
     def for_layer(self, index: int) -> LeanKVConfig:
         """The config of one layer: this one with the overrides of `layers[index]`."""
         over = self.layers.get(index)
@@ -174,7 +183,7 @@ class LeanKVConfig:
 
         fields["representatives"] = representation_state(self.representatives)
         fields["layers"] = {str(index): dict(over) for index, over in self.layers.items()}
-        return json.dumps(fields, indent=1)
+        return json.dumps(fields, indent=1, default=dataclasses.asdict)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> LeanKVConfig:
@@ -283,6 +292,11 @@ class LeanKVConfig:
     def _check_coding(self) -> None:
         if self.codec not in CODECS:
             _fail("codec", self.codec, f"one of {', '.join(CODECS)}")
+        packed = next((tier for tier in self.tiers if isinstance(tier, Packed)), None)
+        if packed is not None and self.codec != "fitted":
+            _fail("codec", self.codec, f"'fitted' with the tier {packed}")
+        if packed is not None and self.page_tokens == 32:
+            _fail("page_tokens", 32, f"64 or None with the tier {packed}, which takes 64 tokens at a time")
         if self.page_tokens is not None and self.page_tokens not in PAGE_TOKENS:
             _fail("page_tokens", self.page_tokens, f"one of {PAGE_TOKENS}, or None to choose by prompt length")
         for field in ("rotate_keys", "rotate_values"):
@@ -316,7 +330,7 @@ def _check_range(field: str, value: float | None, low: float, high: float, open_
 
 
 def _checked_tiers(tiers: Any) -> tuple[Tier, ...]:
-    allowed = f"one or two tiers, best first, each {EXACT!r} or (key bits, value bits) with bits from {BITS}"
+    allowed = f"one or two tiers, best first, each {EXACT!r}, Packed(...) or (key bits, value bits) from {BITS}"
     if isinstance(tiers, str) or not isinstance(tiers, list | tuple) or len(tiers) not in (1, 2):
         _fail("tiers", tiers, allowed)
     return tuple(_checked_tier(tier, tiers, allowed) for tier in tiers)
@@ -325,6 +339,8 @@ def _checked_tiers(tiers: Any) -> tuple[Tier, ...]:
 def _checked_tier(tier: Any, tiers: Any, allowed: str) -> Tier:
     if tier == EXACT:
         return EXACT
+    if isinstance(tier, Packed | Mapping):
+        return tier if isinstance(tier, Packed) else Packed.of(tier)
     if not isinstance(tier, list | tuple) or len(tier) != 2 or any(isinstance(b, bool) or b not in BITS for b in tier):
         _fail("tiers", tiers, allowed)
     return (int(tier[0]), int(tier[1]))

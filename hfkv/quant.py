@@ -9,12 +9,15 @@ reads both straight into its matrix products. Metadata follows, one array per fi
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hfkv.config import EXACT, Tier
+from hfkv.packing import Packed, PackedSide, PackFormat
 
 HIGH, LOW, PRUNED, NEW, EMPTY = 0, 1, 2, 3, 4
 """Tiers of a token; NEW is exact and about to be packed, EMPTY is a slot without a token."""
@@ -40,11 +43,13 @@ class Codec:
     Attributes:
         bits: 8, 4, 3, 2, or 0 for the model's dtype.
         dim: features of a vector.
-        kind: `exact`, `affine` (scale byte, integer zero byte), `fitted` (scale byte, codes around zero, scale refitted
-            after coding) or `minmax` (fp16 scale and zero, as LeanKV publishes it).
+        kind: `exact`, `affine` (scale byte, integer zero byte), `bounded` (the same with a step of at most `bound` of
+            the vector's range, PackKV), `fitted` (scale byte, codes around zero, scale refitted after coding) or
+            `minmax` (fp16 scale and zero, as LeanKV publishes it).
         unbiased: fitted codes keep <x, code> = <x, x> (values) instead of the least squared error (keys).
         signed: 8-bit codes are stored as code - 128, int8, as integer tensor cores take them (keys).
         dtype: element type of `exact`.
+        bound: largest step of `bounded`, per range of the vector (0 counts as part of it).
     """
 
     bits: int
@@ -53,6 +58,7 @@ class Codec:
     unbiased: bool = False
     signed: bool = False
     dtype: torch.dtype = torch.float32
+    bound: float = 0.0
 
     @property
     def padded(self) -> int:
@@ -71,11 +77,21 @@ class Codec:
 
     @property
     def scale_bytes(self) -> int:
-        return {"exact": 0, "affine": 1, "fitted": 1, "minmax": 2}[self.kind]
+        return {"exact": 0, "affine": 1, "bounded": 1, "fitted": 1, "minmax": 2}[self.kind]
 
     @property
     def zero_bytes(self) -> int:
-        return {"exact": 0, "affine": 1, "fitted": 0, "minmax": 2}[self.kind]
+        return {"exact": 0, "affine": 1, "bounded": 1, "fitted": 0, "minmax": 2}[self.kind]
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return top_code(self.bound) if self.kind == "bounded" else 2**self.bits - 1
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code; bytes hold codes of 2, 3, 4 or 8."""
+        return self.top.bit_length()
 
     @property
     def center(self) -> float:
@@ -92,11 +108,22 @@ class Codec:
         """The codec of a tier's keys (`side="key"`) or values under `LeanKVConfig.codec`."""
         if isinstance(tier, str):
             return cls(0, dim, "exact", dtype=dtype)
+        if isinstance(tier, Packed):
+            bound = tier.rel_key if side == "key" else tier.rel_value
+            if bound is not None:
+                bits = next(b for b in (2, 3, 4, 8) if b >= top_code(bound).bit_length())
+                return cls(bits, dim, "bounded", signed=side == "key" and bits == 8, bound=bound)
+            tier = (tier.key_bits or 0, tier.value_bits or 0)
         bits = tier[0] if side == "key" else tier[1]
         signed = side == "key" and bits == 8
         if scheme == "minmax":
             return cls(bits, dim, "minmax", signed=signed)
         return cls(bits, dim, "fitted" if bits < 4 else "affine", unbiased=side == "value", signed=signed)
+
+
+def top_code(bound: float) -> int:
+    """The largest code of `bounded`: a step is up to one part of an octave's 12 smaller than the bound allows."""
+    return math.floor(2 ** (1 / SCALE_STEPS) / bound + 1)
 
 
 # ---- one vector --------------------------------------------------------------------------------------------------
@@ -115,7 +142,7 @@ def encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | Non
     if codec.kind == "fitted":
         levels, scale = _fit(codec, x)
         zero = None
-    elif codec.kind == "affine":
+    elif codec.kind in ("affine", "bounded"):
         levels, scale, zero = _affine(codec, x)
     else:
         levels, scale, zero = _minmax(codec, x)
@@ -148,22 +175,25 @@ def scale_from_byte(code: Tensor) -> Tensor:
     return code.float().sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
 
 
-def _scale_to_byte(scale: Tensor, source: Tensor, round_up: bool) -> Tensor:
+def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     _check_finite(scale, source)
-    code = scale.clamp_min(2.0**-30).log2().mul_(SCALE_STEPS)
-    code = (code.ceil() if round_up else code.round()).add_(SCALE_BIAS)
+    code = rounding(scale.clamp_min(2.0**-30).log2().mul_(SCALE_STEPS)).add_(SCALE_BIAS)
     if code.numel() and code.max() > 255:
         largest = source.abs().max().item()
         raise ValueError(
-            f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use LeanKVConfig(codec='minmax')"
+            f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use plain tiers with "
+            "LeanKVConfig(codec='minmax')"
         )
     return code.clamp_(1, 255).to(torch.uint8)
 
 
 def _affine(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    top = 2**codec.bits - 1
+    top = codec.top
     low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)  # [n]; zero is always representable
-    scale = _scale_to_byte((high - low) / (top - 0.5), x, round_up=True)
+    if codec.kind == "bounded":
+        scale = _scale_to_byte((high - low) * codec.bound, x, torch.floor)
+    else:
+        scale = _scale_to_byte((high - low) / (top - 0.5), x, torch.ceil)
     step = scale_from_byte(scale)
     zero = (low / step).round().neg().clamp_(0, top)
     levels = (x / step[:, None] + zero[:, None]).round_().clamp_(0, top)
@@ -178,7 +208,7 @@ def _fit(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
     centred = levels - codec.center
     overlap = (x * centred).sum(-1)
     fitted = energy / overlap.clamp_min(1e-30) if codec.unbiased else overlap / centred.square().sum(-1)
-    return levels, _scale_to_byte(fitted, x, round_up=False)
+    return levels, _scale_to_byte(fitted, x, torch.round)
 
 
 def _minmax(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,13 +271,29 @@ class PageLayout:
     """Where the parts of a page lie; the one table of bytes per token.
 
     A page is `tokens` slots: keys | values | key scale | value scale | key zero | value zero | score | birth.
-    Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`.
+    Score (fp16, 1 = uniform attention) and birth (int32, logical position) exist where `scored`. With `pack` full pages
+    are kept packed (`hfkv.paging.sealed`), and these are the bytes that they are read as.
     """
 
     key: Codec
     value: Codec
     tokens: int
     scored: bool
+    pack: PackFormat | None = None
+
+    @classmethod
+    def of(
+        cls, tier: Tier, dims: tuple[int, int], dtype: torch.dtype, scheme: str, tokens: int, scored: bool
+    ) -> PageLayout:
+        """The pages of a tier, for keys and values of `dims` features; `scheme`: `LeanKVConfig.codec`."""
+        key, value = (
+            Codec.of(tier, side, dim, dtype, scheme) for side, dim in zip(("key", "value"), dims, strict=True)
+        )
+        pack = None
+        if isinstance(tier, Packed):
+            sides = [PackedSide(c.dim, c.code_bits, tier.packs(s)) for c, s in ((key, "key"), (value, "value"))]
+            pack = PackFormat(sides[0], sides[1], tier.repack)
+        return cls(key, value, tokens, scored, pack)
 
     @functools.cached_property
     def fields(self) -> dict[str, tuple[int, int]]:
@@ -319,7 +365,7 @@ class PageLayout:
     @functools.cached_property
     def byte_metadata(self) -> bool:
         """Whether scales and zeros are single bytes, in one stretch: key scale, value scale, then zeros."""
-        return {self.key.kind, self.value.kind} <= {"affine", "fitted"}
+        return {self.key.kind, self.value.kind} <= {"affine", "bounded", "fitted"}
 
     def terms(self, pages: Tensor) -> tuple[Terms, Terms]:
         """Float32 (s, z) of keys and of values of pages, each [n, tokens] or a number: x = s * (stored code - z)."""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hfkv.config import EXACT, Tier
+from hfkv.config import Tier
+from hfkv.paging.sealed import SealingPool
 from hfkv.paging.sharing import pages_once
 
 if TYPE_CHECKING:
     from hfkv.cache import LeanKVCache
+    from hfkv.paging.packed import PackedLayer
     from hfkv.tokens import LayerTokens
 
 PRUNED, LOW, HIGH, WINDOW = 0, 1, 2, 3
@@ -33,7 +35,7 @@ class LayerReport:
         tiers: names of its tiers, best first, as K8V4.
         rotation: which rotations its vectors are coded under.
         tokens: per tier name, `window`, and `pruned`: int64 [batch, kv_heads].
-        bytes: `codes`, `metadata`, `free_slots`, `window`, `queries`, `tables`.
+        bytes: `codes`, `metadata`, `free_slots`, `window`, `queries`, `tables`, and of packed tiers `pack_headers`.
         head_bytes: int64 [batch, kv_heads], pages of the head; one that sequences share counts at the first of them.
         physical_bytes, exact_bytes: sums for this layer; exact_bytes is 0 where it is not compressed.
         shared_bytes: what pages that sequences share would take beside that, had each sequence its own.
@@ -62,6 +64,7 @@ class Report:
         exact_bytes: what the same tokens take in the model's dtype.
         plain_bytes: bytes of the layers that transformers keeps, not part of the two above.
         pool_free_bytes: free pages, unused chunks and chunk remainders.
+        pack_slack_bytes: what pages of packs hold beside live packs.
         workspace_bytes: buffers of a step, which all layers of a device share, and those of a recorded step.
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
@@ -73,6 +76,7 @@ class Report:
     exact_bytes: int
     plain_bytes: int
     pool_free_bytes: int
+    pack_slack_bytes: int
     workspace_bytes: int
     tokens: int
     layers: list[LayerReport]
@@ -95,7 +99,8 @@ class Report:
         total: Counter[str] = Counter()
         for layer in self.layers:
             total.update(layer.bytes)
-        return {**total, "free_pages": self.pool_free_bytes, "workspace": self.workspace_bytes}
+        slack = {"pack_slack": self.pack_slack_bytes} if self.pack_slack_bytes else {}
+        return {**total, **slack, "free_pages": self.pool_free_bytes, "workspace": self.workspace_bytes}
 
     def __str__(self) -> str:
         compressed = [layer for layer in self.layers if layer.compressed]
@@ -136,7 +141,9 @@ def make_report(cache: LeanKVCache) -> Report:
     physical, exact = sum(layer.physical_bytes for layer in layers) + free + space, sum(x.exact_bytes for x in layers)
     backend = ", ".join(sorted({tokens.kernels.name for tokens in cache.compressed})) or "none"
     shared = sum(layer.shared_bytes for layer in layers)
-    return Report(physical, exact, plain, free, space, cache.get_seq_length(), layers, backend, shared)
+    slack = sum(pool.slack_bytes for pool in pools if isinstance(pool, SealingPool))
+    seen = cache.get_seq_length()
+    return Report(physical, exact, plain, free - slack, slack, space, seen, layers, backend, shared)
 
 
 @dataclass(frozen=True)
@@ -202,39 +209,48 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
     batch, heads = fill.batch, window.heads
     names = tuple(tier_name(tier) for tier in held.config.tiers)
     lengths = packed.table.lengths.view(batch, heads, 2).long().cpu()
-    tokens, codes, metadata, free, shared = {}, 0, 0, 0, 0
-    head_bytes = torch.zeros(batch * heads, dtype=torch.int64)
-    for tier, (name, layout) in enumerate(zip(names, packed.layouts, strict=True)):
+    tokens, total, shared = {}, Counter[str](), 0
+    head_bytes = torch.zeros(batch, heads, dtype=torch.int64)
+    for tier, name in enumerate(names):
         tokens[name] = lengths[..., tier]
-        row, filled = (x.cpu() for x in pages_once(packed, tier))
-        stored, page_bytes = int(filled.sum()), layout.page_bytes
-        code_bytes = layout.meta_start // layout.tokens
-        codes += stored * code_bytes
-        metadata += stored * (layout.token_bytes - code_bytes)
-        free += row.numel() * page_bytes - stored * layout.token_bytes
-        shared += (int(packed.page_counts(tier).sum()) - row.numel()) * page_bytes
-        head_bytes += torch.bincount(row, minlength=batch * heads) * page_bytes
+        by_kind, by_row, spared = _page_bytes(packed, tier)
+        total.update(by_kind)
+        head_bytes += by_row.view(batch, heads)
+        shared += spared
     tokens["window"] = fill.counts.cpu()[:, None].expand(batch, heads)
     real = fill.lengths.cpu()[:, None]
     tokens["pruned"] = real - sum(tokens.values())
     parts = {
-        "codes": codes,
-        "metadata": metadata,
-        "free_slots": free,
+        **total,
         "window": window.nbytes,
         "queries": held.queries.nbytes,
         "tables": held.table_bytes,
     }
     exact = int(real.sum()) * heads * (window.k.shape[3] + window.v.shape[3]) * window.k.element_size()
-    pages = head_bytes.view(batch, heads)
     return LayerReport(
-        index, kind, True, None, names, held.rotations, tokens, parts, pages, sum(parts.values()), exact, shared
+        index, kind, True, None, names, held.rotations, tokens, parts, head_bytes, sum(parts.values()), exact, shared
     )
 
 
+def _page_bytes(packed: PackedLayer, tier: int) -> tuple[dict[str, int], Tensor, int]:
+    """Bytes of the pages of a tier, shared ones once: by kind, by row int64 [rows], and what sharing them spares."""
+    layout, counts = packed.layouts[tier], packed.page_counts(tier)
+    ids, row, filled = pages_once(packed, tier)
+    held, kinds = torch.full_like(row, layout.page_bytes), {}
+    if isinstance(packed.pool, SealingPool) and layout.pack is not None:
+        held, headers = packed.pool.sealed_bytes(packed.classes[tier], ids)
+        kinds = {"pack_headers": int(headers.sum())}
+    by_row, stored = torch.zeros_like(counts).index_add_(0, row, held).cpu(), int(filled.sum())
+    metadata = stored * (layout.page_bytes - layout.meta_start) // layout.tokens
+    free = (row.numel() * layout.tokens - stored) * layout.token_bytes
+    codes = int(by_row.sum()) - metadata - free - sum(kinds.values())
+    spared = (int(counts.sum()) - row.numel()) * int(by_row.sum()) // max(row.numel(), 1)
+    return {"codes": codes, "metadata": metadata, **kinds, "free_slots": free}, by_row, spared
+
+
 def tier_name(tier: Tier) -> str:
-    """K8V4, or `exact`."""
-    return EXACT if tier == EXACT else f"K{tier[0]}V{tier[1]}"
+    """K8V4, `exact`, or Packed K0.1V2."""
+    return f"K{tier[0]}V{tier[1]}" if isinstance(tier, tuple) else str(tier)
 
 
 def _plain_bytes(layer: Any) -> int:

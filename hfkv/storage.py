@@ -8,6 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -111,7 +112,8 @@ def _layer_state(layer: Any, index: int, writer: TensorWriter, fills: list[Fill]
             ids, page = ids.unique(return_inverse=True)
             if page.numel() > ids.numel():
                 writer.add(f"{index}.page_of{tier}", page.int())
-        writer.add(f"{index}.pages{tier}", packed.pool.gather(cls, ids))
+        for name, part in packed.pool.dump(cls, ids).items():
+            writer.add(f"{index}.{name}{tier}", part)
     if packed.basis.mean is not None:
         writer.add(f"{index}.mean", packed.basis.mean)
         writer.add(f"{index}.has_mean", packed.has_mean)
@@ -187,7 +189,7 @@ def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[F
     for (index, tokens, table, counts), (packed, growth) in zip(held, work, strict=True):
         for tier, cls in enumerate(packed.classes):
             ids = packed.pool.allocate(cls, torch.tensor(growth[tier][:1]))
-            packed.pool.scatter(cls, ids, reader.get(f"{index}.pages{tier}", tokens.device))
+            packed.pool.undump(cls, ids, partial(_part, reader, index, tier, tokens.device))
             if (index, tier) in shared:
                 named = ids[shared[index, tier]]
                 packed.pool.share(named)
@@ -196,6 +198,11 @@ def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[F
             table.write(tier, *ragged_index(counts[tier]), ids)
         packed.table, packed.widest = table, [int(n.max()) for n in counts]
         packed.changed()
+
+
+def _part(reader: TensorReader, index: int, tier: int, device: torch.device, name: str) -> Tensor:
+    """A part of a tier's pages, as `PagePool.dump` named it."""
+    return reader.get(f"{index}.{name}{tier}", device)
 
 
 def _empty_table(packed: PackedLayer, lengths: Tensor) -> PageTable:

@@ -51,6 +51,7 @@ def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
 def apply_flush(flush: Flush) -> None:
     """Do what `plan_flush` decided; the pool has room for it."""
     flush.layers[0].kernels.apply(flush.packed, flush.plan, flush.coded)
+    flush.packed.settle()
     flush.packed.hand_back([tokens.packed for tokens in flush.layers])
     for tokens, sequences in zip(flush.layers, flush.sequences, strict=True):
         tokens.fill = tokens.cache.fills.left(sequences.fill, flush.leaving, tokens.config.window)

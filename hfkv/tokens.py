@@ -23,7 +23,7 @@ from hfkv.paging.rows import PackedRows
 from hfkv.paging.sharing import select_rows
 from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of, score_of
-from hfkv.quant import Codec, PageLayout, rotation
+from hfkv.quant import PageLayout, rotation
 from hfkv.repeats import chosen, repeated
 from hfkv.tiering import incoming_tokens, plan_tiers
 from hfkv.window import KeptQueries, Sequences, Window
@@ -72,12 +72,7 @@ class LayerTokens:
         pool = cache.pool(self.device)
         page_tokens = cache.page_tokens(tokens, len(config.tiers))
         layouts = [
-            PageLayout(
-                Codec.of(tier, "key", key_dim, dtype, config.codec),
-                Codec.of(tier, "value", value_dim, dtype, config.codec),
-                page_tokens,
-                config.selects,
-            )
+            PageLayout.of(tier, (key_dim, value_dim), dtype, config.codec, page_tokens, config.selects)
             for tier in config.tiers
         ]
         basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)

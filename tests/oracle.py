@@ -10,7 +10,8 @@ from hfkv.kernels.quantize_pack import Basis, unpack_tokens
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming
-from hfkv.quant import EMPTY, HIGH, LOW, NEW, Codec, PageLayout, rotation
+from hfkv.paging.sealed import SealingPool
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout, rotation
 
 
 def make_layer(
@@ -18,16 +19,8 @@ def make_layer(
 ):
     """A packed layer whose row r holds counts[r][t] tokens in tier t."""
     generator = torch.Generator().manual_seed(seed)
-    pool, rows = PagePool("cpu"), len(counts)
-    layouts = [
-        PageLayout(
-            Codec.of(t, "key", key_dim, dtype, codec),
-            Codec.of(t, "value", value_dim, dtype, codec),
-            tokens,
-            True,
-        )
-        for t in tiers
-    ]
+    rows, layouts = len(counts), [PageLayout.of(t, (key_dim, value_dim), dtype, codec, tokens, True) for t in tiers]
+    pool = SealingPool("cpu") if any(layout.pack for layout in layouts) else PagePool("cpu")
     turns = (rotation(key_dim, 0)[0], rotation(value_dim, 0)[0]) if rotate else (None, None)
     layer = PackedLayer(pool, layouts, rows, Basis(*turns, None), shift)
     most = max(sum(c) for c in counts)

@@ -13,17 +13,14 @@ from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import select_rows
-from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, PageLayout
 
 DIM = 16
 
 
 def packed_layer(rows, tokens=32, tiers=((8, 8), (4, 4)), pool=None):
     pool = PagePool("cpu") if pool is None else pool
-    layouts = [
-        PageLayout(*(Codec.of(t, s, DIM, torch.float32, "fitted") for s in ("key", "value")), tokens, True)
-        for t in tiers
-    ]
+    layouts = [PageLayout.of(tier, (DIM, DIM), torch.float32, "fitted", tokens, True) for tier in tiers]
     return PackedLayer(pool, layouts, rows, Basis(None, None, None), False)
 
 

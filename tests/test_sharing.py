@@ -225,7 +225,7 @@ def test_pages_are_counted_once():
     layer = one_tier(2, (8, 4), PagePool("cpu"))
     flush(layer, [40, 70], [0, 0])
     select_rows(layer, torch.tensor([1, 0, 1, 0]))
-    row, filled = pages_once(layer, 0)
+    _, row, filled = pages_once(layer, 0)
     assert row.tolist() == [0, 0, 0, 1, 1]
     assert filled.tolist() == [32, 32, 6, 32, 8]
 

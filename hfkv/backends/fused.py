@@ -57,7 +57,7 @@ class FusedKernels:
         return sum(plan.nbytes for _, plan in self._plans.values())
 
     @staticmethod
-    def view(packed: PackedLayer) -> Pages:
+    def view(packed: PackedLayer) -> Any:
         return Pages.of(packed)
 
     def attend_own(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:
@@ -156,11 +156,11 @@ class FusedKernels:
         return held
 
     @staticmethod
-    def checker(packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor]:
+    def checker(packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor] | None:
         return lambda entering: check_incoming(packed, entering, incoming)
 
     @staticmethod
-    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Incoming:
+    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
         """They are coded on their way into the pages; here only what the check has found is raised."""
         check_flags(plan.flags)
         return incoming

@@ -86,6 +86,8 @@ def kernels_for(
     """The kernels of a new layer; `spaces` holds the workspaces that the layers of a cache share, one per device."""
     if choose(device, layouts, dtype) == "torch":
         return PlainKernels()
-    from hfkv.backends.fused import FusedKernels  # here and not above: it imports triton
+    from hfkv.backends.fused import FusedKernels  # here and not above: these import triton
+    from hfkv.backends.packs import PackKernels
 
-    return FusedKernels(device, spaces)
+    packed = any(layout.pack is not None for layout in layouts)
+    return PackKernels(device, spaces) if packed else FusedKernels(device, spaces)

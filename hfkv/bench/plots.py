@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench import decode, flush, generate, goals, long, prompt
+from hfkv.bench import decode, flush, generate, goals, long, packs, prompt
 from hfkv.bench.caches import DYNAMIC, GRAPHS, LEAN, QUANTIZED, STATIC, STATIC_COMPILED
 from hfkv.bench.results import LARGEST, OK, Row, number
 
@@ -45,6 +45,7 @@ def draw(part: str, rows: list[Row], path: Path, machine: str) -> bool:
         flush.PART: _flush,
         generate.PART: _generate,
         long.PART: _long,
+        packs.PART: _packs,
     }[part]
     figure = make(pyplot, own)
     backends = ", ".join(sorted({row["backend"] for row in own if row["backend"]}))
@@ -133,6 +134,14 @@ def _flush(pyplot: Any, rows: list[Row]) -> Any:
     axis.set_ylabel("flush, % of decode time")
     axis.set_xlabel("cached tokens x batch")
     axis.legend(fontsize=8)
+    return figure
+
+
+def _packs(pyplot: Any, rows: list[Row]) -> Any:
+    points = sorted({(int(r["tokens"]), int(r["batch"])) for r in rows})
+    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    _bars(axis, rows, packs.KINDS, [f"{t} x {b}" for t, b in points], lambda r: 100 * float(r["copy_share"]))
+    axis.set_ylabel("bytes read, % of copy bandwidth")
     return figure
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hfkv.bench import decode, flush, generate, goals, long, plots, prompt, tables
+from hfkv.bench import decode, flush, generate, goals, long, packs, plots, prompt, tables
 from hfkv.bench.caches import Unavailable
 from hfkv.bench.results import NO_MEMORY, OK, Cell, Results
 from hfkv.bench.session import Session, machine_name
@@ -39,6 +39,7 @@ PARTS = {
     flush.PART: Part("flush beside the steps of a random Llama", flush.cells, flush.measure),
     generate.PART: Part("generate of a random Llama behind a filled cache", generate.cells, generate.measure),
     long.PART: Part("a long generation", long.cells, long.measure),
+    packs.PART: Part("a decode step over packed tiers, one layer", packs.cells, packs.measure),
 }
 
 

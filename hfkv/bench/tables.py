@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from hfkv.bench import decode, flush, generate, goals, long, prompt
+from hfkv.bench import decode, flush, generate, goals, long, packs, prompt
 from hfkv.bench.goals import Goal
 from hfkv.bench.results import LARGEST, OK, Row, number
 
@@ -69,7 +69,8 @@ def _missing(rows: list[Row]) -> list[str]:
 
 def _columns(part: str, rows: list[Row]) -> Columns:
     common: Columns = {"ms": _figure("ms", "{:.3f}")}
-    if part == decode.PART:
+    if part in (decode.PART, packs.PART):
+        best: Columns = {"best exact": lambda r: _times(goals.speedup(rows, r))} if part == decode.PART else {}
         return common | {
             "launch": lambda r: r["launch"],
             "from Python": _figure("eager_ms", "{:.3f}"),
@@ -77,7 +78,7 @@ def _columns(part: str, rows: list[Row]) -> Columns:
             "of exact": _ratio("physical_bytes", "exact_bytes"),
             "GB/s": _figure("gbps", "{:.1f}"),
             "of copy": _figure("copy_share", "{:.1%}"),
-            "best exact": lambda r: _times(goals.speedup(rows, r)),
+            **best,
         }
     if part == prompt.PART:
         return common | {

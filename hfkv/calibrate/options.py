@@ -64,7 +64,7 @@ class Option:
 
     def bits(self, side: str) -> int:
         """Bits of the low or only tier; 0 is the model's dtype."""
-        return 0 if self.tier == EXACT else int(self.tier[SIDES.index(side)])
+        return int(self.tier[SIDES.index(side)]) if isinstance(self.tier, tuple) else 0
 
     def coding(self, side: str, basis: Basis) -> Coding:
         """How this option codes a side; a low tier as fine as the high one is like one tier."""

@@ -177,6 +177,8 @@ class CompiledDecode:
             assert tokens is not None
             if tokens.device != first.device:
                 return self._say("its layers are on several devices")
+            if any(layout.pack is not None for layout in tokens.packed.layouts):
+                return self._say("the host looks where the packs of a Packed tier lie")
             if tokens.fill is not first.fill:
                 return "layers hold different tokens"
             if tokens.config.selects:

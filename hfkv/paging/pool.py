@@ -8,6 +8,7 @@ without a used page may be carved anew for another class. A page id is `chunk <<
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -208,6 +209,9 @@ class PagePool:
         self._classes[cls].free += released - allocated
         assert self._classes[cls].free >= 0, "pages taken without reserve"
 
+    def settle(self, cls: int, ids: Tensor) -> None:
+        """Called with all pages of rows after a flush; here they stay as they are."""
+
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
         self._reclaim({})
@@ -258,6 +262,14 @@ class PagePool:
     def scatter(self, cls: int, ids: Tensor, pages: Tensor) -> None:
         """Write whole pages uint8 [n, page_bytes] back."""
         self.write(cls, ids, 0, pages)
+
+    def dump(self, cls: int, ids: Tensor) -> dict[str, Tensor]:
+        """What pages hold, for a file."""
+        return {"pages": self.gather(cls, ids)}
+
+    def undump(self, cls: int, ids: Tensor, part: Callable[[str], Tensor]) -> None:
+        """Put what `dump` gave, asked for by name, into fresh pages."""
+        self.scatter(cls, ids, part("pages"))
 
     def read(self, cls: int, ids: Tensor, start: int, stop: int) -> Tensor:
         """Copies of bytes [start, stop) of pages, multiples of 8: ids int32 [n] -> uint8 [n, stop - start]."""

@@ -257,6 +257,11 @@ class PackedRows:
         self.table, self.widest = table, plan.widest[: self.tiers]
         self.changed()
 
+    def settle(self) -> None:
+        """Let the pool keep the pages as they shall be until the next flush."""
+        for tier, cls in enumerate(self.classes):
+            self.pool.settle(cls, self.table.pages(tier, self.page_counts(tier))[0])
+
     def width_for(self, plan: Compaction) -> int:
         """Columns of the page table afterwards; it grows by doubling."""
         width, needed = self.table.ids.shape[1], plan.widest[-1]

@@ -40,17 +40,17 @@ def select_rows(rows: PackedRows, index: Tensor) -> None:
     rows.changed()
 
 
-def pages_once(rows: PackedRows, tier: int) -> tuple[Tensor, Tensor]:
-    """The pages of a tier, one that rows share at the first of them: its row, its filled slots, int64 [pages]."""
+def pages_once(rows: PackedRows, tier: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pages of a tier, one that rows share at the first of them: its id, its row, its filled slots, [pages]."""
     tokens = rows.layouts[tier].tokens
     ids, row, index = rows.table.pages(tier, rows.page_counts(tier))
     filled = (rows.table.lengths[row, tier] - index * tokens).clamp(max=tokens)
     if rows.pool.owners is None:
-        return row, filled
+        return ids, row, filled
     _, page = ids.unique(return_inverse=True)
     number = torch.arange(ids.numel(), device=ids.device)
     first = torch.full_like(number, ids.numel()).scatter_reduce_(0, page, number, "amin")[page] == number
-    return row[first], filled[first]
+    return ids[first], row[first], filled[first]
 
 
 def frozen(rows: PackedRows, tier: int, slots: int) -> Tensor | None:

@@ -18,16 +18,24 @@ from gpu_support import (
     steps_to_flush,
 )
 
-from hfkv import LeanKVCache, LeanKVConfig
+from hfkv import LeanKVCache, LeanKVConfig, Packed
 from hfkv.bench import caches
 from hfkv.bench.caches import LEAN
 from hfkv.bench.sizes import Shape
+from hfkv.kernels import sealing
+from hfkv.kernels.quantize_pack import code_tokens
+from hfkv.packing import REPACKS
+from hfkv.quant import PageLayout
 from hfkv.report import tier_map
 
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 6e-3, torch.float32: 1e-4}
 """Relative RMS error of a step's output: mostly the rounding of the output and of the probabilities."""
 
 CONFIGS = {**LEAN, "exact": LeanKVConfig.preset("exact"), "aggressive": LeanKVConfig.preset("aggressive")}
+CONFIGS |= {
+    "packed": LeanKVConfig(tiers=((8, 4), Packed(key_bits=4, value_bits=2))),
+    "bounded": LeanKVConfig(tiers=(Packed(repack="bucket"),)),
+}
 SHARPNESS = (1.0, 4.0)
 """Factors of random queries: attention that is spread over all tokens, and attention on few."""
 
@@ -49,6 +57,30 @@ def check_step(name: str, shape: Shape, dtype: torch.dtype, tokens: int) -> None
             logits = (q * factor)[0, heads, 0].double() @ keys.T * shape.head_dim**-0.5
             error = relative_rms(out[heads], logits.softmax(-1) @ values)
             assert error < BOUND[dtype], f"{name}, {shape}, {dtype}, x{factor}, head {row}: error {error:.2e}"
+
+
+@on_device
+def test_packed_tiers_against_float64():
+    for name in ("packed", "bounded"):
+        for shape in (GROUP_4, GROUP_8):
+            for dtype in (torch.float16, torch.bfloat16):
+                check_step(name, shape, dtype, MIDDLE)
+
+
+@on_device
+def test_pages_are_sealed_as_by_the_twin():
+    for repack in REPACKS:
+        layout = PageLayout.of(Packed(repack=repack), (128, 128), torch.float32, "fitted", 64, True)
+        x = torch.randn(64 * 8, 128) + 3 * torch.randn(1, 128)
+        pages = torch.zeros(8, layout.page_bytes, dtype=torch.uint8)
+        for name, part in code_tokens(layout, x, x, torch.rand(512), torch.arange(512)).items():
+            part = part.unflatten(0, (8, 64))
+            layout.view(pages, name).copy_(part.transpose(1, 2) if name == "value" else part)
+        from hfkv.kernels.triton import packing  # here: gpu-tests-torch runs without Triton
+
+        packs, words = packing.seal(layout, pages.to(DEVICE))
+        want, want_words = sealing.seal(layout, pages)
+        assert torch.equal(words.cpu(), want_words) and torch.equal(packs.cpu(), want)
 
 
 @on_device

@@ -13,8 +13,10 @@ from hfkv.quant import SCALE_STEPS as CODEC_SCALE_STEPS
 SLOT_BITS = tl.constexpr(POOL_SLOT_BITS)
 SLOT_MASK = tl.constexpr((1 << POOL_SLOT_BITS) - 1)
 
-KINDS = {"exact": 0, "affine": 1, "fitted": 2, "minmax": 3}
-EXACT, AFFINE, FITTED, MINMAX = (tl.constexpr(kind) for kind in KINDS.values())
+KINDS = {"exact": 0, "affine": 1, "fitted": 2, "minmax": 3, "bounded": 1}
+"""What stored numbers stand for; how they were made tells `affine` and `bounded` apart."""
+
+EXACT, AFFINE, FITTED, MINMAX = (tl.constexpr(kind) for kind in range(4))
 
 SCALE_BIAS = tl.constexpr(float(CODEC_SCALE_BIAS))
 SCALE_STEPS = tl.constexpr(float(CODEC_SCALE_STEPS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, programs_on, 
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
 
+if TYPE_CHECKING:
+    from hfkv.kernels.triton.pack_attention import PackPlan, PlainPages
+
 LOG2E = 1.4426950408889634
 ROTATED = 32
 """Features of a query, or of an output, that meet the rotation at once."""
@@ -22,7 +27,7 @@ MERGED = 16
 
 
 def plan_step(
-    packed: PackedLayer, window: Window, columns: int, space: Workspace, programs: int | None = None
+    packed: PackedLayer | PlainPages, window: Window, columns: int, space: Workspace, programs: int | None = None
 ) -> StepPlan:
     """The work of a layer's decode steps, until its pages change; then `plan.refresh(packed.table.lengths)`.
 
@@ -47,7 +52,13 @@ def plan_step(
 
 
 def attend_step(
-    past: Past, q: Tensor, call: Call, plan: StepPlan, out: Tensor | None = None, pages: Pages | None = None
+    past: Past,
+    q: Tensor,
+    call: Call,
+    plan: StepPlan,
+    out: Tensor | None = None,
+    pages: Pages | None = None,
+    packs: PackPlan | None = None,
 ) -> Tensor:
     """Attention of the newest queries, whose tokens are in the window already; see `hfkv.attend.attend_step`.
 
@@ -58,11 +69,13 @@ def attend_step(
         q: [batch, q_heads, queries, D], contiguous in D.
         out: [batch, q_heads, queries, Dv] contiguous, or None to make it.
         pages: where the packed tokens lie; None: as the packed layer has it now.
+        packs: the sealed pages of a layer that has some; `plan` is then that of its plain pages.
 
     Raises:
         ValueError: q or the window does not fit the plan.
     """
-    packed, window, space = past.packed, past.window, plan.space
+    packed = past.packed if packs is None else packs.plain
+    window, space = past.window, plan.space
     if packed is None:
         raise ValueError("this Past knows no packed layer: make it with LayerTokens.past()")
     _check(past, q, plan)
@@ -83,7 +96,7 @@ def attend_step(
     kernels.prepare_queries[(plan.rows * plan.tiles,)](
         q, key, mean, space.whole, split, space.terms, call.scaling * LOG2E, *counted, *where,
         NH=COLUMNS, D=dim, BLOCK=ROTATED, WIDE=wide, CODED=coded,
-        SPLIT=full or not all(x.key.bits for x in plan.layouts), FULL=full, num_warps=4,
+        SPLIT=full or packs is not None or not all(x.key.bits for x in plan.layouts), FULL=full, num_warps=4,
     )  # fmt: skip
     high, low = stages_of(full)
     kernels.decode_items[(plan.count * plan.tiles,)](
@@ -94,9 +107,12 @@ def attend_step(
         WIDE_V=wide_v, CAPPED=call.softcap is not None, FULL=full, STAGES=high, STAGES_LOW=low, W=plan.warps,
         num_warps=4 * plan.warps if full else plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
+    more, parts = (space.acc, space.stats), 0
+    if packs is not None:
+        more, parts = packs.attend(plan, split, softcap, call.softcap is not None), packs.parts(plan)
     kernels.combine_items[(plan.rows, plan.columns)](
-        space.acc, space.stats, plan.items, plan.offsets, value, call.sinks, out, plan.pieces - 1, *counted,
-        NH=COLUMNS, DV=value_dim, WIDE_V=wide_v, BLOCK=ROTATED, STEP=MERGED, num_warps=4,
+        space.acc, space.stats, *more, plan.items, plan.offsets, value, call.sinks, out, plan.pieces - 1, *counted,
+        PARTS=parts, NH=COLUMNS, DV=value_dim, WIDE_V=wide_v, BLOCK=ROTATED, STEP=MERGED, num_warps=4,
     )  # fmt: skip
     return out
 

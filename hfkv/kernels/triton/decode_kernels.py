@@ -692,9 +692,33 @@ def _attend_window(
 
 
 @triton.jit
+def _merge(
+    acc_ptr, stats_ptr, unit, column, held, exact, top, mass_so_far, packed, plain,
+    NH: tl.constexpr, DV: tl.constexpr, WIDE_V: tl.constexpr,
+):  # fmt: skip
+    """Take partial results into the sums over packed and over exact tokens, both relative to 2 ** top."""
+    o = tl.arange(0, WIDE_V)
+    reference = tl.load(stats_ptr + unit * 2 * NH + column, mask=held, other=NOWHERE)
+    mass = tl.load(stats_ptr + unit * 2 * NH + NH + column, mask=held, other=0.0)
+    used = mass > 0
+    acc = tl.load(
+        acc_ptr + (unit * NH + column)[:, None] * DV + o[None, :], mask=used[:, None] & (o < DV)[None, :], other=0.0
+    )
+    higher = tl.maximum(top, tl.max(tl.where(used, reference, NOWHERE), 0))
+    alpha = tl.exp2(top - higher)
+    f = tl.where(used, tl.exp2(reference - higher), 0.0)
+    mass_so_far = mass_so_far * alpha + tl.sum(f * mass, 0)
+    packed = packed * alpha + tl.sum(acc * tl.where(exact, 0.0, f)[:, None], 0)
+    plain = plain * alpha + tl.sum(acc * tl.where(exact, f, 0.0)[:, None], 0)
+    return higher, mass_so_far, packed, plain
+
+
+@triton.jit
 def combine_items(
     acc_ptr,
     stats_ptr,
+    more_acc_ptr,
+    more_stats_ptr,
     items_ptr,
     offsets_ptr,
     rotation_ptr,
@@ -705,13 +729,17 @@ def combine_items(
     queries,
     columns,
     tiles,
+    PARTS: tl.constexpr,
     NH: tl.constexpr,
     DV: tl.constexpr,
     WIDE_V: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One query of one row: merge its items by log-sum-exp, un-rotate what came from pages, once."""
+    """One query of one row: merge its items by log-sum-exp, un-rotate what came from pages, once.
+
+    `more` holds PARTS further results of packed tokens for every row and tile.
+    """
     row, n = tl.program_id(0), tl.program_id(1)
     tile, column = n // NH, n % NH
     begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
@@ -728,21 +756,16 @@ def combine_items(
         item = start + i_s
         unit = item.to(tl.int64) * tiles + tile
         held = item < end
-        reference = tl.load(stats_ptr + unit * 2 * NH + column, mask=held, other=NOWHERE)
-        mass = tl.load(stats_ptr + unit * 2 * NH + NH + column, mask=held, other=0.0)
         tier = tl.load(items_ptr + item * ITEM_FIELDS + 1, mask=held, other=0)
-        used = mass > 0
-        acc = tl.load(
-            acc_ptr + (unit * NH + column)[:, None] * DV + o[None, :], mask=used[:, None] & (o < DV)[None, :], other=0.0
+        top, l, packed, plain = _merge(  # noqa: E741
+            acc_ptr, stats_ptr, unit, column, held, tier == window, top, l, packed, plain, NH, DV, WIDE_V
         )
-        higher = tl.maximum(top, tl.max(tl.where(used, reference, NOWHERE), 0))
-        alpha = tl.exp2(top - higher)
-        f = tl.where(used, tl.exp2(reference - higher), 0.0)
-        l = l * alpha + tl.sum(f * mass, 0)  # noqa: E741
-        exact = tier == window
-        packed = packed * alpha + tl.sum(acc * tl.where(exact, 0.0, f)[:, None], 0)
-        plain = plain * alpha + tl.sum(acc * tl.where(exact, f, 0.0)[:, None], 0)
-        top = higher
+    for start in range(0, PARTS, STEP):
+        unit = (row.to(tl.int64) * PARTS + start + i_s) * tiles + tile
+        held = start + i_s < PARTS
+        top, l, packed, plain = _merge(  # noqa: E741
+            more_acc_ptr, more_stats_ptr, unit, column, held, i_s < 0, top, l, packed, plain, NH, DV, WIDE_V
+        )
     norm = 1.0 / l
     at = out_ptr + (row.to(tl.int64) * columns + n) * DV
     if rotation_ptr is None:

@@ -96,8 +96,8 @@ def safe_norm(codec: Codec) -> float:
     A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer to
     zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
     """
-    levels = 2**codec.bits - 1
-    return {"exact": 1e18, "affine": 35.0 * (levels - 0.5), "fitted": 35.0, "minmax": 32000.0}[codec.kind]
+    affine = 35.0 * (codec.top - 0.5)
+    return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[codec.kind]
 
 
 # ---- addresses ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hfkv.kernels.triton.constants import (
 from hfkv.quant import Codec, PageLayout
 
 if TYPE_CHECKING:
+    from hfkv.kernels.triton.pack_attention import PlainPages
     from hfkv.paging.packed import PackedLayer
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -79,7 +80,7 @@ class Pages:
     align: int
 
     @classmethod
-    def of(cls, packed: PackedLayer) -> Pages:
+    def of(cls, packed: PackedLayer | PlainPages) -> Pages:
         """The pages of a layer as they are now: a compaction makes another table. No synchronisation, no allocation."""
         table, pool = packed.table, packed.pool
         align = math.gcd(16, pool.chunk_bytes, *(layout.page_bytes for layout in packed.layouts))

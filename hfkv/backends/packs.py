@@ -1,0 +1,73 @@
+"""The GPU path of layers with a packed tier: kernels for prompts, decode steps and packing, plain torch for flushes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hfkv.attend import Call, Past, attend_chunk
+from hfkv.backends.fused import FusedKernels
+from hfkv.backends.plain import PlainKernels
+from hfkv.kernels.triton import decode_attention, packing
+from hfkv.kernels.triton.pack_attention import PackPlan
+from hfkv.kernels.triton.work import StepPlan
+from hfkv.observe import observe_stored
+from hfkv.paging.compaction import Compaction
+from hfkv.paging.packed import PackedLayer
+from hfkv.paging.rows import Incoming, PackedRows
+from hfkv.paging.sealed import SealingPool
+from hfkv.paging.table import PageTable
+
+
+class PackKernels(FusedKernels):
+    """`Kernels` of packed tiers: decode steps read packs where they lie; what happens once per flush is plain torch."""
+
+    def __init__(self, device: Any, spaces: dict[Any, Any]) -> None:
+        super().__init__(device, spaces)
+        self._packs: tuple[PageTable | None, PackPlan | None] = (None, None)
+        self._steps: dict[int, tuple[PackPlan, StepPlan]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        own = 0 if self._packs[1] is None else self._packs[1].nbytes
+        return own + sum(plan.nbytes for _, plan in self._steps.values())
+
+    attend_chunk = staticmethod(attend_chunk)
+    observe_stored = staticmethod(observe_stored)
+    stored = staticmethod(PlainKernels.stored)
+    checker = staticmethod(PlainKernels.checker)
+
+    @staticmethod
+    def view(packed: PackedLayer) -> Any:
+        return packed.work()
+
+    @staticmethod
+    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
+        return packed.code_incoming(plan, incoming)
+
+    def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
+        packs, plan = self._step_plans(past, q.shape[1] // past.window.heads * q.shape[2])
+        return decode_attention.attend_step(past, q, call, plan, packs=packs)
+
+    def _step_plans(self, past: Past, columns: int) -> tuple[PackPlan, StepPlan]:
+        """Plain and sealed pages, sorted anew where they have changed, and the work items of the former."""
+        table, packs = self._packs
+        if packs is None or table is not past.packed.table:
+            packs = PackPlan.of(past.packed)
+            self._packs = (past.packed.table, packs)
+        known, plan = self._steps.get(columns, (None, None))
+        if plan is None or plan.rows != past.packed.rows:
+            plan = decode_attention.plan_step(packs.plain, past.window, columns, self.space)
+        elif known is not packs:
+            plan.refresh(packs.plain.table.lengths)
+        packs.reserve(plan)
+        self._steps[columns] = (packs, plan)
+        return packs, plan
+
+    @staticmethod
+    def apply(packed: PackedRows, plan: Compaction, coded: Any) -> None:
+        """Do what was planned; full pages are packed by the kernel."""
+        assert isinstance(packed.pool, SealingPool)
+        packed.pool.sealer = packing.seal
+        packed.apply(plan, coded)
