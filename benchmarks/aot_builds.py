@@ -189,6 +189,7 @@ def further() -> Iterator[Build]:
         yield from flush(arch)
         yield from observed(arch)
         yield from elected(arch)
+    yield from elected(90)
     yield from elected(90, heads=128)
     yield from flush(90, (K4V4, K3V3))
     yield from flush(90, (K4V2, K4V2), which="pack")

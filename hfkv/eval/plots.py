@@ -39,7 +39,7 @@ def draw(rows: list[Row], task: str, folder: Path, stem: str) -> list[Path]:
     from matplotlib.figure import Figure
 
     own = [row for row in rows if row["task"] == task and quality(row) > -float("inf")]
-    lengths = sorted({row["tokens"] for row in own})
+    lengths = sorted({row["tokens"] for row in own if row["family"] in INK})
     if not lengths:
         return []
     figure = Figure(figsize=(1.6 + 5.4 * len(lengths), 5.0), layout="constrained")

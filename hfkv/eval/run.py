@@ -29,13 +29,14 @@ QUICK_METHODS = (
     EXACT,
     "k8v4",
     "balanced",
+    "balanced-w16",
     "k4v2",
-    "aggressive",
+    "k4v2-w16",
     "paper",
     "kivi-4",
     "kivi-2",
     "quanto-4",
-    "snapkv-0.25",
+    "snapkv-0.35",
 )
 ROOM = 512
 """Positions beyond `--lengths` that questions and answers may take."""
