@@ -148,7 +148,8 @@ def guarding() -> Iterator[Build]:
     for arch in (90, 80, 89, 100, 120):
         yield decode((K8V4, K4V2), arch)
         yield prepare(arch)
-        yield combine(arch)
+    yield combine(90)
+    yield combine(90, parts=8)
     yield decode((K8V4,), 90)
     yield decode((K8V4, K4V2), 90, tokens=32)
     yield decode((K8V4, K4V2), 90, dim=64)
@@ -159,7 +160,6 @@ def guarding() -> Iterator[Build]:
     yield from prompt(90)
     yield from (build for build in chunk(80) if build.name.startswith("attend_pages"))
     yield from prompt(80)
-    yield combine(90, parts=8)
     yield from aot_packs.guarding()
 
 
@@ -179,6 +179,8 @@ def further() -> Iterator[Build]:
         yield prepare(arch, split=True)
         yield prepare(arch, dtype="fp32", coded=False, split=True)
         yield combine(arch, plain=True)
+    for arch in (80, 89, 100, 120):
+        yield combine(arch)
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)
