@@ -147,9 +147,9 @@ def guarding() -> Iterator[Build]:
     """One build or more of every kernel: what the gate compiles."""
     for arch in (90, 80, 89, 100, 120):
         yield decode((K8V4, K4V2), arch)
-    for arch in (90, 80, 120):
-        yield prepare(arch)
-        yield combine(arch)
+    yield prepare(90)
+    yield combine(90)
+    yield combine(90, parts=8)
     yield decode((K8V4,), 90)
     yield decode((K8V4, K4V2), 90, tokens=32)
     yield decode((K8V4, K4V2), 90, dim=64)
@@ -159,8 +159,8 @@ def guarding() -> Iterator[Build]:
     yield from chunk(90)
     yield from prompt(90)
     yield from (build for build in chunk(80) if build.name.startswith("attend_pages"))
-    yield from prompt(80)
-    yield combine(90, parts=8)
+    yield from elected(90)
+    yield from counted(90)
     yield from aot_packs.guarding()
 
 
@@ -180,16 +180,16 @@ def further() -> Iterator[Build]:
         yield prepare(arch, split=True)
         yield prepare(arch, dtype="fp32", coded=False, split=True)
         yield combine(arch, plain=True)
-    for arch in (89, 100):
+    for arch in (80, 89, 100, 120):
         yield prepare(arch)
         yield combine(arch)
-    for arch in (80, 90, 100, 120):
+    for arch in (80, 100, 120):
         yield from counted(arch)
+    yield from prompt(80)
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)
         yield from elected(arch)
-    yield from elected(90)
     yield from elected(90, heads=128)
     yield from flush(90, (K4V4, K3V3))
     yield from flush(90, (K4V2, K4V2), which="pack")
