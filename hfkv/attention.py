@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import torch
@@ -73,9 +72,7 @@ def leankv_attention(
             if plain is not None:
                 k, v = cache.keep_plain(chunk.layer, *plain)
                 return _plain_attention(query, k, v, attention_mask, causal, call, position_bias, dropout), None
-        if chunk.layer.config.turns_queries:
-            call = dataclasses.replace(call, rotary=cache.rotary(module, query))
-        return chunk.layer.attend(chunk, query, attention_mask, call), None
+        return chunk.layer.attend(chunk, query, attention_mask, chunk.layer.completed(call, module, query)), None
     except Exception:
         cache.undo_forward()
         raise

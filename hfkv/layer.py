@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from hfkv.attend import Call, says_more_than_padding
@@ -147,6 +148,10 @@ class LeanKVLayer(DynamicLayer):
             reason = "its attention does not go through attn_implementation='leankv'"
             self.cache.keep_plain(self, DynamicLayer(), reason)
         return chunk.k, chunk.v
+
+    def completed(self, call: Call, module: nn.Module, q: Tensor) -> Call:
+        """The call with what the layer's score needs of the attention module beside queries q."""
+        return replace(call, rotary=self.cache.rotary(module, q)) if self.config.turns_queries else call
 
     def attend(self, chunk: Chunk, q: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """Attention over everything up to the chunk; the first call for a chunk also stores it.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hfkv.attend import Call, Past
@@ -88,6 +88,11 @@ class StepLayer(DynamicLayer):
 
     def materialise(self, chunk: Chunk) -> NoReturn:
         raise NotCapturable(f"layer {self.index} does not attend through attn_implementation='leankv'")
+
+    def completed(self, call: Call, module: nn.Module, q: Tensor) -> Call:
+        """See `LeanKVLayer.completed`: an earlier step has found it."""
+        known = self.tokens.call
+        return call if known is None else replace(call, rotary=known.rotary)
 
     def attend(self, chunk: Chunk, q: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         """See `LeanKVLayer.attend`."""
