@@ -135,6 +135,12 @@ class LeanKVConfig:
         return self.selects and not callable(names) and "kvzip" in (names or ())
 
     @property
+    def reads_prompt(self) -> bool:
+        """True where the score reads all queries of a prompt, not only the last `observe`."""
+        names = (self.score,) if isinstance(self.score, str) else self.score
+        return self.selects and (callable(names) or bool({"h2o", "replay", "expected_attention"} & set(names or ())))
+
+    @property
     def turns_queries(self) -> bool:
         """True where the score asks queries from other positions, for which the model's rotary embedding is needed."""
         names = (self.score,) if isinstance(self.score, str) else self.score

@@ -18,6 +18,7 @@ from hfkv.cache import LeanKVCache
 from hfkv.config import LeanKVConfig
 from hfkv.eval.eviction import H2O, SnapKV, config_of
 from hfkv.eval.kivi import KIVICache
+from hfkv.eval.record import observed
 
 EXACT = "exact"
 KEPT, PRUNED, PAPER, OWN = "hfkv, nothing pruned", "hfkv, pruned", "LeanKV as published", "hfkv, own config"
@@ -51,8 +52,8 @@ def physical_bytes(cache: Cache) -> int:
 
 
 def _lean(name: str, family: str, config: LeanKVConfig, setting: str = "") -> Method:
-    observe = config.observe if config.selects else 1
-    return Method(name, family, lambda _: LeanKVCache(config), setting=setting or repr(config), observe=observe)
+    new_cache, setting = (lambda _: LeanKVCache(config)), setting or repr(config)
+    return Method(name, family, new_cache, setting=setting, observe=observed(config))
 
 
 def _evicting(policy: SnapKV | H2O) -> Method:

@@ -16,7 +16,9 @@ from transformers.cache_utils import DynamicLayer
 
 from hfkv.attention import NAME, leankv_attention, leankv_mask
 from hfkv.cache import LeanKVCache
+from hfkv.config import LeanKVConfig
 from hfkv.demo.measures import fill
+from hfkv.eval.eviction import ALL_QUERIES
 from hfkv.eval.forks import fork
 
 RECORDED = "leankv_recorded"
@@ -104,6 +106,13 @@ def _run(model: PreTrainedModel, ids: list[int], into: Recording) -> Recording:
     return into
 
 
+def observed(config: LeanKVConfig) -> int:
+    """Last queries of a prompt that a cache of this config looks at."""
+    if not config.selects:
+        return 1
+    return ALL_QUERIES if config.reads_prompt else config.observe
+
+
 @torch.no_grad()
 def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: torch.dtype | None = None) -> Cache:
     """`cache` as the prompt leaves it.
@@ -125,7 +134,7 @@ def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: to
         handles = cache.update(k, v, index)
         if isinstance(cache, LeanKVCache):
             config = cache.config.for_layer(index)
-            most = 1 if not config.selects else config.observe if dtype is None else min(config.observe, BYTE_QUERIES)
+            most = observed(config) if dtype is None else min(observed(config), BYTE_QUERIES)
             queries = call.queries[:, :, -most:].to(k.dtype)
             leankv_attention(call.module, queries, *handles, None, **call.options)
     return cache
