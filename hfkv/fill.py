@@ -209,7 +209,7 @@ class FillBook:
 
     def _once(self, name: tuple, key: tuple, make: Callable[[], T]) -> T:
         known = self._fills.get(name)
-        if known is None or not all(_same(a, b) for a, b in zip(known[0], key, strict=True)):
+        if known is None or not all(map(_same, known[0], key)):
             known = self._fills[name] = (key, make())
         return known[1]
 

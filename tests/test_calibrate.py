@@ -203,7 +203,7 @@ def test_bytes_are_kept_by_the_real_cache_and_used():
 
 
 def test_more_bytes_mean_less_error():
-    tight, loose = calibrated(ratio=0.45), calibrated(ratio=0.6)
+    tight, loose = calibrated(ratio=0.45, key_bits=(8, 4, 3)), calibrated(ratio=0.6)
     assert loose.taken.kl < tight.taken.kl
 
 
@@ -370,3 +370,9 @@ def test_command_errors(saved, arguments, said, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert said in error and "hfkv calibrate:" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("bits", [(), (5,), (8, 16)])
+def test_bits_that_keys_cannot_have(bits):
+    with pytest.raises(ValueError, match=r"key_bits=.*8, 4, 3, 2"):
+        calibrated(ratio=0.5, key_bits=bits)

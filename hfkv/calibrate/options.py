@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from hfkv.calibrate.coding import HIGH_BITS, SIDES, Coding
 from hfkv.calibrate.recording import Recording
-from hfkv.config import CHOICE_FIELDS, EXACT, LeanKVConfig, Tier
+from hfkv.config import BITS, CHOICE_FIELDS, EXACT, LeanKVConfig, Tier
 from hfkv.quant import Codec, PageLayout
 from hfkv.report import tier_name
 
-KEY_BITS = (8, 4, 3)
+KEY_BITS = (8, 4)
+"""3 bits cost little KL, and some recall: see `benchmarks/README.md`."""
 VALUE_BITS = (8, 4, 3, 2)
 SHARES = (0.03, 0.10)
 KEY_BASES = ((True, False), (True, True), (False, True))
@@ -127,10 +128,16 @@ class Sizes:
         )
 
 
-def all_options(shares: Iterable[float] = SHARES) -> list[Option]:
-    """Every way to code a layer, one tier and two."""
-    one = [Option(EXACT), *(Option(tier) for tier in itertools.product(KEY_BITS, VALUE_BITS))]
-    low = [(k, v) for k, v in itertools.product(KEY_BITS, VALUE_BITS) if v <= HIGH[1] and (k, v) != HIGH]
+def all_options(key_bits: Sequence[int] = KEY_BITS, shares: Iterable[float] = SHARES) -> list[Option]:
+    """Every way to code a layer, one tier and two.
+
+    Raises:
+        ValueError: `key_bits` are not of those that keys can have.
+    """
+    if not key_bits or not set(key_bits) <= set(BITS):
+        raise ValueError(f"key_bits={tuple(key_bits)!r}: give some of {BITS}")
+    one = [Option(EXACT), *(Option(tier) for tier in itertools.product(key_bits, VALUE_BITS))]
+    low = [(k, v) for k, v in itertools.product(key_bits, VALUE_BITS) if v <= HIGH[1] and (k, v) != HIGH]
     return one + [Option(tier, share) for share in shares for tier in low]
 
 

@@ -141,5 +141,6 @@ def out_of_reach(target: Target, ends: Sequence[float], tokens: int, window: int
     """What to say where no choice takes as few bytes as asked; `ends` are the least and the most that any takes."""
     return (
         f"{target} is out of reach: prompts of {tokens:,} tokens with an exact window of {window} reach "
-        f"from {ends[0]:.4g} to {ends[1]:.4g}; ask for more, or calibrate for longer prompts or a smaller window"
+        f"from {ends[0]:.4g} to {ends[1]:.4g}; ask for more, allow keys fewer bits, or calibrate for longer prompts "
+        "or a smaller window"
     )

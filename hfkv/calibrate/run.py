@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from hfkv.calibrate.coding import SIDES
+from hfkv.calibrate.options import KEY_BITS
 from hfkv.calibrate.prompts import from_files, generated
 from hfkv.calibrate.recording import Prompt
 from hfkv.calibrate.result import Calibration, Target
@@ -41,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, default=1000, help="longest prompt (default: %(default)s)")
     parser.add_argument("--count", type=int, default=2, help="prompts (default: %(default)s)")
+    parser.add_argument(
+        "--key-bits", nargs="+", type=int, default=list(KEY_BITS), help="bits that keys may have (default: 8 4)"
+    )
     parser.add_argument("--config", metavar="JSON", help="LeanKVConfig whose window, flush and codec are kept")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="measured in (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("calibrated.json"), help="config (default: %(default)s)")
@@ -76,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         prompts,
         **vars(target),
+        key_bits=args.key_bits,
         base=base,
         dtype=own,
         keep=keep,

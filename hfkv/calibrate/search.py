@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hfkv.calibrate.coding import SIDES, Coding
 from hfkv.calibrate.measured import Measured
 from hfkv.calibrate.options import (
+    KEY_BITS,
     SHARES,
     Option,
     Sizes,
@@ -50,6 +51,7 @@ def calibrate(
     ratio: float | None = None,
     bytes_per_token: float | None = None,
     kl: float | None = None,
+    key_bits: Sequence[int] = KEY_BITS,
     base: LeanKVConfig | None = None,
     dtype: torch.dtype | None = None,
     keep: Path | None = None,
@@ -66,6 +68,7 @@ def calibrate(
         model: attends through `leankv`; measure it in float32 where small errors matter.
         prompts: (ids of the context, ids of what follows); bytes are those at the contexts' length.
         ratio, bytes_per_token, kl: the target, see `Target`; exactly one.
+        key_bits: bits that keys may have. 3 and 2 reach lower bytes, at little KL, but cost recall.
         base: window, flush, observed queries, codec and page size to calibrate for; None is the default config.
         dtype: whose bytes are counted, if the model is measured in another one than it is used in.
         keep: a JSON-lines file of measurements, which a run that was stopped goes on from.
@@ -79,7 +82,8 @@ def calibrate(
     target = Target(ratio, bytes_per_token, kl)
     if not prompts:
         raise ValueError("a calibration needs at least one prompt")
-    search = _Search(model, base or LeanKVConfig(), dtype or model.dtype, Measured(keep), progress or _silent)
+    options = all_options(key_bits)
+    search = _Search(model, base or LeanKVConfig(), options, dtype or model.dtype, Measured(keep), progress or _silent)
     return search.run(list(prompts), target, made_for)
 
 
@@ -89,13 +93,19 @@ def _silent(what: str, steps: int) -> Callable[[], object]:
 
 class _Search:
     def __init__(
-        self, model: PreTrainedModel, base: LeanKVConfig, dtype: torch.dtype, measured: Measured, progress: Progress
+        self,
+        model: PreTrainedModel,
+        base: LeanKVConfig,
+        options: list[Option],
+        dtype: torch.dtype,
+        measured: Measured,
+        progress: Progress,
     ) -> None:
         self._model, self._base, self._dtype = model, base, dtype
         self._measured, self._progress = measured, progress
         fields = (base.window, base.flush, base.observe, base.codec, base.rotation_seed)
         self._identity = (_identity(model), str(model.dtype), *fields)
-        self._options = all_options()
+        self._options = options
 
     def run(self, prompts: list[Prompt], target: Target, made_for: str | None) -> Calibration:
         self._made_for = made_for

@@ -148,7 +148,8 @@ class PagePool:
             self._grow(chunks - len(self._spare), slack)
         for cls, count in missing.items():
             for _ in range(count):
-                self._carve(self._spare.pop(), cls)
+                self._carve(self._spare[-1], cls)
+                self._spare.pop()
 
     def allocate(self, cls: int, demand: Tensor) -> Tensor:
         """Take pages for all heads at once: demand int [rows] -> ids int32 [sum], each row's slice after the other's.
@@ -363,18 +364,20 @@ class PagePool:
         self._spare += reversed(arena.chunks)
 
     def _carve(self, chunk: int, cls: int) -> None:
+        """Give a class the pages of a chunk; what counts them changes last and at once, also for an interruption."""
         page_class = self._classes[cls]
-        self._owner[chunk] = cls
-        page_class.pages += page_class.per_chunk
-        self._ensure_ring(page_class)
+        pages = page_class.pages + page_class.per_chunk
+        self._ensure_ring(page_class, pages)
         slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device) | (chunk << SLOT_BITS)
+        self._zero_metadata(cls, slots)
         index = (
             page_class.pointers[1] + torch.arange(page_class.per_chunk, device=self.device)
         ) % page_class.ring.numel()
         page_class.ring[index] = slots
         page_class.pointers[1] += page_class.per_chunk
         page_class.free += page_class.per_chunk
-        self._zero_metadata(cls, slots)
+        page_class.pages = pages
+        self._owner[chunk] = cls
 
     def _free_ids(self, page_class: _PageClass) -> Tensor:
         if page_class.free == 0:
@@ -388,9 +391,9 @@ class PagePool:
         page_class.pointers = torch.tensor([0, ids.numel()], dtype=torch.int64, device=self.device)
         page_class.free = ids.numel()
 
-    def _ensure_ring(self, page_class: _PageClass) -> None:
-        if page_class.ring.numel() < page_class.pages:
-            self._set_free_ids(page_class, self._free_ids(page_class), -(-page_class.pages * 9 // 8))
+    def _ensure_ring(self, page_class: _PageClass, pages: int) -> None:
+        if page_class.ring.numel() < pages:
+            self._set_free_ids(page_class, self._free_ids(page_class), -(-pages * 9 // 8))
 
     def _reclaim(self, demand: dict[int, int]) -> None:
         """Make empty chunks spare, save those that the demanded classes are about to use."""
@@ -404,8 +407,9 @@ class PagePool:
             gone = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
             gone[torch.tensor(empty, device=self.device)] = True
             ids = self._free_ids(page_class)
-            page_class.pages -= len(empty) * page_class.per_chunk
-            self._set_free_ids(page_class, ids[~gone[(ids >> SLOT_BITS).long()]], max(1, page_class.pages))
+            pages = page_class.pages - len(empty) * page_class.per_chunk
+            self._set_free_ids(page_class, ids[~gone[(ids >> SLOT_BITS).long()]], max(1, pages))
+            page_class.pages = pages
             for chunk in empty:
                 self._owner[chunk] = -1
             self._spare += empty
