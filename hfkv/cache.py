@@ -126,9 +126,7 @@ class LeanKVCache(LazyLinearLayers):
         if isinstance(layer, LeanKVLayer):
             layer.check(key_states, value_states)
             if begins:
-                self._check_reconstructed()
-                if not self.observing and self._must_flush(key_states.shape[2]):
-                    self.flush()
+                self._make_ready(key_states.shape[2])
             state: Any = layer.snapshot(key_states.shape[2])
         else:
             check_native(layer, layer_idx, key_states, value_states)
@@ -171,7 +169,18 @@ class LeanKVCache(LazyLinearLayers):
             RuntimeError: an earlier forward stopped halfway.
         """
         self.forwards.begin(self)
-        if self._must_flush(1):
+        self._make_ready(1)
+
+    def _make_ready(self, new: int) -> None:
+        """Before a forward of `new` tokens changes anything: flush where a window has no room for them."""
+        if self.observing:
+            return
+        if self.awaits_reconstruction:
+            raise ValueError(
+                "LeanKVConfig(score='kvzip') needs a second pass over the prompt before anything follows it: fill the "
+                "cache by hfkv.reconstruct(model, input_ids, cache), or use score='replay', which needs none"
+            )
+        if self._must_flush(new):
             self.flush()
 
     def undo_forward(self) -> None:
@@ -192,14 +201,7 @@ class LeanKVCache(LazyLinearLayers):
     @property
     def awaits_reconstruction(self) -> bool:
         """Whether a prompt was stored whole, for `hfkv.reconstruct` to prune."""
-        return any(tokens.awaits_reconstruction for tokens in self.compressed)
-
-    def _check_reconstructed(self) -> None:
-        if not self.observing and self.awaits_reconstruction:
-            raise ValueError(
-                "LeanKVConfig(score='kvzip') needs a second pass over the prompt before anything follows it: fill the "
-                "cache by hfkv.reconstruct(model, input_ids, cache), or use score='replay', which needs none"
-            )
+        return any(tokens.whole for tokens in self.compressed)
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 
@@ -227,15 +229,18 @@ class LeanKVCache(LazyLinearLayers):
 
     def reserve(self, pool: PagePool, work: list[tuple[PackedRows, Compaction]], slack: float = 0.0) -> None:
         """Make room for compactions that will be applied in this order, the pages that one frees serving the next."""
-        copies = [(packed, [[count, 0] for count in plan.copies]) for packed, plan in work]
-        growth = [(packed, plan.growth) for packed, plan in work]
-        self._reserve_growth(pool, [step for pair in zip(copies, growth, strict=True) for step in pair], slack)
+        steps = []
+        for packed, plan in work:
+            if plan.copies:
+                steps.append((packed, [[count, 0] for count in plan.copies]))
+            steps.append((packed, plan.growth))
+        self._reserve_growth(pool, steps, slack)
 
     def _reserve_growth(self, pool: PagePool, work: Sequence[tuple[PackedRows, list[list[int]]]], slack: float) -> None:
         running: dict[int, int] = {}
         peak: dict[int, int] = {}
         for packed, growth in work:
-            for cls, (needed, freed) in zip(packed.classes, growth, strict=False):  # no copies: an empty list
+            for cls, (needed, freed) in zip(packed.classes, growth, strict=True):
                 running[cls] = running.get(cls, 0) + needed - freed
                 peak[cls] = max(peak.get(cls, 0), running[cls])
         if self.config.max_bytes is not None:

@@ -97,14 +97,15 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == [LM_EVAL]:  # its options are lm_eval's own
         return _lm_eval(given[1:])
-    args = _parser().parse_args(given)
+    args = _parser(given[:1]).parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # model text on a terminal without UTF-8
     return args.command(args)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(named: list[str]) -> argparse.ArgumentParser:
+    """All commands, and the arguments of the one that is `named`: what the others import is not needed."""
     parser = argparse.ArgumentParser(
         prog="python -m hfkv", description="A compressed KV cache for HuggingFace generate."
     )
@@ -112,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         own = commands.add_parser(command.name, help=command.help)
         own.set_defaults(command=command)
-        importlib.import_module(command.options).add_arguments(own)
+        if command.name in named:
+            importlib.import_module(command.options).add_arguments(own)
     commands.add_parser(LM_EVAL, help="lm_eval with the model hfkv; its options follow", add_help=False)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from hfkv.packing import Packed
 
 EXACT = "exact"
+OWN = "(own)"
 BITS = (8, 4, 3, 2)
 CODECS = ("fitted", "minmax")
 PAGE_TOKENS = (32, 64)
@@ -128,23 +130,27 @@ class LeanKVConfig:
             return len(self.tiers) == 2 or self.keep_share != 1.0
         return choice is not None
 
-    @property
+    @functools.cached_property
     def reconstructs(self) -> bool:
         """True where the score comes from a second pass over the prompt (`hfkv.reconstruct`)."""
-        names = (self.score,) if isinstance(self.score, str) else self.score
-        return self.selects and not callable(names) and "kvzip" in (names or ())
+        return self._scores_by("kvzip")
 
     @property
     def reads_prompt(self) -> bool:
         """True where the score reads all queries of a prompt, not only the last `observe`."""
-        names = (self.score,) if isinstance(self.score, str) else self.score
-        return self.selects and (callable(names) or bool({"h2o", "replay", "expected_attention"} & set(names or ())))
+        return self._scores_by("h2o", "replay", "expected_attention", OWN)
 
-    @property
+    @functools.cached_property
     def turns_queries(self) -> bool:
         """True where the score asks queries from other positions, for which the model's rotary embedding is needed."""
-        names = (self.score,) if isinstance(self.score, str) else self.score
-        return self.selects and (callable(names) or bool({"replay", "kvzip", "expected_attention"} & set(names or ())))
+        return self._scores_by("replay", "kvzip", "expected_attention", OWN)
+
+    def _scores_by(self, *names: str) -> bool:
+        """Whether the score is one of `names`, or a mix with one; a function of one's own goes by the name OWN."""
+        if callable(self.score):
+            return self.selects and OWN in names
+        own = (self.score,) if isinstance(self.score, str) else self.score or ()
+        return self.selects and not set(names).isdisjoint(own)
 
     @property
     def packs(self) -> bool:

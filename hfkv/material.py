@@ -15,6 +15,7 @@ from hfkv.backends.plain import Kernels
 from hfkv.fill import newest_last
 from hfkv.kernels.decode_attention import cap
 from hfkv.kernels.replay import most_received
+from hfkv.observe import kept_queries, newest_queries
 from hfkv.paging.rows import PackedRows
 from hfkv.window import Sequences
 
@@ -80,9 +81,11 @@ class LayerMaterial:
     @functools.cached_property
     def _observers(self) -> Queries | None:
         """The chunk's last queries, or those kept of the last steps; None where there are none."""
-        if self._prompt is not None:
-            return newest(self._prompt, self._tokens.config.observe)
-        return kept_queries(self._tokens, self._sequences)
+        if self._q is not None:
+            count = self._tokens.config.observe
+            return Queries(*newest_queries(self._sequences, self._q, self._valid, None, count)[:2])
+        kept = kept_queries(self._tokens, self._sequences)
+        return None if kept is None else Queries(*kept)
 
     @property
     def kernels(self) -> Kernels:
@@ -299,23 +302,3 @@ def prompt_queries(sequences: Sequences, q: Tensor, valid: Tensor | None) -> Que
     own = real.sum(1)[:, None]
     last = torch.where(slot < own, fill.counts[:, None] - own + slot, -1)
     return Queries(q.take_along_dim(newest_last(real)[:, None, :, None], 2), last)
-
-
-def newest(queries: Queries, count: int) -> Queries:
-    """The last `count` real queries of every sequence; where one has fewer, the slot of those that it lacks is -1."""
-    real = (queries.last >= 0).sum(1)[:, None]  # [batch, 1]
-    count = min(count, queries.last.shape[1])
-    pick = real - count + torch.arange(count, device=real.device)
-    index = pick.clamp_min(0)
-    last = torch.where(pick >= 0, queries.last.gather(1, index), -1)
-    return Queries(queries.q.take_along_dim(index[:, None, :, None], 2), last)
-
-
-def kept_queries(tokens: LayerTokens, sequences: Sequences) -> Queries | None:
-    """The queries kept of the last steps."""
-    q = tokens.queries.kept()
-    if q is None or tokens.call is None:
-        return None
-    at = torch.tensor(tokens.queries.positions, device=q.device)
-    position = sequences.fill.token_positions[:, None]  # [batch, 1, n]
-    return Queries(q, ((position <= at[:, None]) & (position >= 0)).sum(2) - 1)

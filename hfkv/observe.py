@@ -63,6 +63,19 @@ def newest_queries(
     return q.take_along_dim(index[:, None, :, None], 2), last, total
 
 
+def kept_queries(tokens: LayerTokens, sequences: Sequences) -> tuple[Tensor, Tensor] | None:
+    """The queries kept of the last steps [batch, q_heads, n, D], and the last slot of the window [batch, n] each sees.
+
+    None where there are none; a query that sees nothing of a window has the slot -1.
+    """
+    q = tokens.queries.kept()
+    if q is None or tokens.call is None:
+        return None
+    at = torch.tensor(tokens.queries.positions).to(q.device, non_blocking=True)
+    position = sequences.fill.token_positions[:, None]  # [batch, 1, n]
+    return q, ((position <= at[:, None]) & (position >= 0)).sum(2) - 1
+
+
 def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
     """Scores of the window's tokens [rows, n] from the kept queries; packed tokens get theirs in `stored`.
 
@@ -70,13 +83,12 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[
         stored: the packed tokens' `score` float32 and `birth`, per tier [rows, slots or more].
     """
     packed, fill, heads = tokens.packed, sequences.fill, tokens.window.heads
-    q, call = tokens.queries.kept(), tokens.call
-    if q is None or call is None:
+    kept, call = kept_queries(tokens, sequences), tokens.call
+    if kept is None or call is None:
         return torch.ones(fill.batch * heads, sequences.k.shape[2], device=sequences.k.device)
-    groups = q.shape[1] // heads
-    at = torch.tensor(tokens.queries.positions, device=q.device)
-    position = fill.token_positions[:, None]  # [batch, 1, n]
-    visible = ((position <= at[:, None]) & (position >= 0)).repeat_interleave(heads, 0)  # [rows, queries, n]
+    q, last = kept
+    groups, slot = q.shape[1] // heads, torch.arange(sequences.k.shape[2], device=q.device)
+    visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, queries, n]
     rows, keys = head_rows(q, heads, call), sequences.k.flatten(0, 1).float()
     window = exact_keys(rows, keys, keys, hidden_bias(~visible).repeat(1, groups, 1), call.softcap)
     work, rotated = packed.work(), packed.basis.rotate_keys(rows)

@@ -203,10 +203,6 @@ class LayerTokens:
         seen = most_given(self, q, valid, call, lse)
         self.reconstruction = seen if self.reconstruction is None else torch.maximum(self.reconstruction, seen)
 
-    @property
-    def awaits_reconstruction(self) -> bool:
-        return self.whole
-
     def past(self) -> Past:
         """What is held now, readable also after a chunk has been stored."""
         return Past(self.packed, self.kernels.view(self.packed), self.window, self.fill)

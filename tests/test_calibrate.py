@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from test_demo import byte_tokenizer
+from tiny import SIZES as TINY
+from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
@@ -17,26 +18,12 @@ from hfkv.calibrate.options import SHARES, Basis, Option, all_options, best_basi
 from hfkv.calibrate.recording import Recording, behind, divergence, filled
 from hfkv.calibrate.search import physical_bytes
 
-SIZES = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    initializer_range=0.2,
-    max_position_embeddings=2048,
-    pad_token_id=0,
-    eos_token_id=None,
-    attn_implementation="leankv",
-)
+CHANGES = dict(num_hidden_layers=3, head_dim=32, max_position_embeddings=2048)
+SIZES = {**TINY, **CHANGES}
 
 
-@cache
 def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return tiny_llama(**CHANGES)
 
 
 @cache

@@ -7,51 +7,16 @@ import io
 import math
 import random
 import sys
-from functools import cache
 from itertools import islice, pairwise
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import TEMPLATE, byte_tokenizer, tiny_llama
+from transformers import DynamicCache
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
 from hfkv.demo import measures, picture, smollm2, texts
 from hfkv.demo.dialogue import Dialogue, Question, continued, next_turn, render
-
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@cache
-def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
-
-
-@cache
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        eos_token_id=None,
-        attn_implementation="leankv",
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -136,23 +101,23 @@ def test_agreement_is_the_kl_divergence_and_the_share_of_equal_choices():
 @pytest.mark.parametrize("count", [1, 20, 70])
 def test_forced_logits_equal_those_without_a_cache_and_leave_it_as_it_was(new_cache, count):
     ids = random_ids(200 + count)
-    cache = measures.fill(tiny_model(), ids[:200], new_cache())
+    cache = measures.fill(tiny_llama(), ids[:200], new_cache())
     with torch.no_grad():
-        whole = tiny_model()(torch.tensor([ids]), use_cache=False).logits[0, 200:]
+        whole = tiny_llama()(torch.tensor([ids]), use_cache=False).logits[0, 200:]
     for _ in range(2):
-        close = measures.agreement(whole, measures.forced_logits(tiny_model(), cache, ids[200:]))
+        close = measures.agreement(whole, measures.forced_logits(tiny_llama(), cache, ids[200:]))
         assert close.kl < 1e-5 and close.top1 == 1.0
     assert cache.get_seq_length() == 200
 
 
 def test_a_note_is_found_where_greedy_decoding_gives_its_value():
     ids, asked = random_ids(150), random_ids(10, seed=1)
-    cache = measures.fill(tiny_model(), ids, DynamicCache())
+    cache = measures.fill(tiny_llama(), ids, DynamicCache())
     prompt = torch.tensor([ids + asked])
-    out = tiny_model().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
+    out = tiny_llama().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False)
     said = out[0, -3:].tolist()
-    assert measures.finds_note(tiny_model(), cache, asked, said)
-    assert not measures.finds_note(tiny_model(), cache, asked, [*said[:2], (said[2] + 1) % 256])
+    assert measures.finds_note(tiny_llama(), cache, asked, said)
+    assert not measures.finds_note(tiny_llama(), cache, asked, [*said[:2], (said[2] + 1) % 256])
 
 
 def test_question_ids_end_where_the_value_begins():
@@ -168,7 +133,7 @@ def test_step_clock_times_every_token_but_the_first():
     prompt = torch.tensor([random_ids(5)])
     mask = torch.ones_like(prompt)
     for calls in (1, 2):
-        tiny_model().generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False, streamer=clock)
+        tiny_llama().generate(prompt, attention_mask=mask, max_new_tokens=4, do_sample=False, streamer=clock)
         assert len(ticks) == 4 * calls and len(clock.steps) == 3 * calls
     assert clock.tokens_per_second > 0
 
@@ -240,7 +205,7 @@ def test_contest_holds_caches_to_the_exact_one():
 
     tokenizer = byte_tokenizer(TEMPLATE)
     dialogue = Dialogue(tokenizer, texts.documentation()[:1500], [Question("What is it?"), Question("Really?")])
-    contest = Contest(tiny_model(), tokenizer, Talk(dialogue, next_turn(tokenizer, "Why?"), Lengths(answer=4, chat=40)))
+    contest = Contest(tiny_llama(), tokenizer, Talk(dialogue, next_turn(tokenizer, "Why?"), Lengths(answer=4, chat=40)))
     lean = [Contender(name, lambda name=name: LeanKVCache(LeanKVConfig.preset(name))) for name in ("exact", "balanced")]
     exact, same, balanced = (contest.run(contender) for contender in [Contender(EXACT, DynamicCache), *lean])
     assert exact.physical_bytes == exact.exact_bytes == same.exact_bytes == 2 * 2 * 2 * 16 * 4 * exact.prompt_tokens

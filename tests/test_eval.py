@@ -5,18 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-from functools import cache
 from itertools import islice
 
 import pytest
 import torch
+from tiny import SIZES, byte_tokenizer, tiny_llama
 from transformers import (
     DynamicCache,
-    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
@@ -29,37 +27,9 @@ from hfkv.eval.methods import EXACT, METHODS
 from hfkv.eval.rows import Rows, merge_csv
 from hfkv.eval.tasks import TASKS, Making
 
-SMALL = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    initializer_range=0.2,
-    max_position_embeddings=4096,
-    pad_token_id=0,
-    eos_token_id=None,
-    attn_implementation="leankv",
-)
 
-
-@cache
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@cache
 def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    return tiny_llama(head_dim=64)
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
@@ -218,7 +188,7 @@ def test_a_question_behind_a_recorded_prompt_is_one_prompt(preset):
 
 def test_a_model_that_cannot_be_replayed_is_prefilled():
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=64)).eval()
+    model = MistralForCausalLM(MistralConfig(**SIZES, head_dim=64, sliding_window=64)).eval()
     made = record.record(model, random_ids(200), 64)
     assert not made.replays
     cached = record.filled(model, made, LeanKVCache())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import byte_tokenizer, tiny_llama
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hfkv import LeanKVCache, cli
 
@@ -52,35 +52,12 @@ metric_list: [{{metric: byte_perplexity}}]
 """
 
 
-@cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="Ā", pad_token="Ā")
+    return byte_tokenizer(eos_token="Ā", pad_token="Ā")
 
 
-@cache
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.2,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(head_dim=64, max_position_embeddings=2048, bos_token_id=None, attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")

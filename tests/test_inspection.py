@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import softmax_attention
-from test_demo import TEMPLATE, byte_tokenizer
+from tiny import TEMPLATE, byte_tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hfkv import LeanKVCache, LeanKVConfig, cli

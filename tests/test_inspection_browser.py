@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from browser import Browser, find_browser
-from test_demo import byte_tokenizer
 from test_inspection import CONFIG, NASTY, hybrid_model, text_ids, tiny_model
+from tiny import byte_tokenizer
 
 from hfkv.inspection import examine, write_page
 from hfkv.report import HIGH, LOW, PRUNED, WINDOW

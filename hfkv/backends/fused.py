@@ -25,7 +25,7 @@ from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
-from hfkv.observe import SCORE_HORIZON, newest_queries
+from hfkv.observe import SCORE_HORIZON, kept_queries, newest_queries
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
@@ -123,12 +123,10 @@ class FusedKernels:
     @staticmethod
     def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
         """The kernel ages scores where they lie; pages get the old ones back, since a flush may still fail."""
-        packed, q, call, fill = tokens.packed, tokens.queries.kept(), tokens.call, sequences.fill
-        if q is None or call is None:
+        packed, kept, call, fill = tokens.packed, kept_queries(tokens, sequences), tokens.call, sequences.fill
+        if kept is None or call is None:
             return torch.ones(packed.rows, sequences.k.shape[2], device=sequences.k.device)
-        at = torch.tensor(tokens.queries.positions).to(q.device, non_blocking=True)
-        position = fill.token_positions[:, None]  # [batch, 1, n]
-        last = ((position <= at[:, None]) & (position >= 0)).sum(2) - 1  # [batch, queries]
+        q, last = kept
         scaled = packed.basis.rotate_keys(head_rows(q, tokens.window.heads, call))
         constant = packed.basis.constant(scaled)
         age = (fill.seen, tokens.queries.stands_for, SCORE_HORIZON)

@@ -211,7 +211,7 @@ class PagePool:
         assert self._classes[cls].free >= 0, "pages taken without reserve"
 
     def settle(self, cls: int, ids: Tensor) -> None:
-        """Called with all pages of rows after a flush; here they stay as they are."""
+        """Called with all pages of a packed tier's rows after a flush; here they stay as they are."""
 
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""

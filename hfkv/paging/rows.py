@@ -258,9 +258,10 @@ class PackedRows:
         self.changed()
 
     def settle(self) -> None:
-        """Let the pool keep the pages as they shall be until the next flush."""
-        for tier, cls in enumerate(self.classes):
-            self.pool.settle(cls, self.table.pages(tier, self.page_counts(tier))[0])
+        """Let the pool keep the pages of packed tiers as they shall be until the next flush."""
+        for tier, (cls, layout) in enumerate(zip(self.classes, self.layouts, strict=True)):
+            if layout.pack is not None:
+                self.pool.settle(cls, self.table.pages(tier, self.page_counts(tier))[0])
 
     def width_for(self, plan: Compaction) -> int:
         """Columns of the page table afterwards; it grows by doubling."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfkv.kernels.sealing import PACKS, meta_bytes, pack_format, pack_words
 from hfkv.kernels.triton.constants import power_of_two
-from hfkv.kernels.triton.tiles import _vectors, side_constants
+from hfkv.kernels.triton.tiles import side_constants, vectors
 from hfkv.packing import BLOCK, HEAD, PACK, REPACKS, WORD, PackedSide
 from hfkv.packing import RAW as RAW_FLAG
 from hfkv.quant import PageLayout
@@ -191,8 +191,8 @@ def seal_kernel(
     i_page = tl.program_id(0).to(tl.int64)
     page = pages_ptr + i_page * PAGE_BYTES
     t = tl.arange(0, TOKENS)
-    keys = _vectors(page, t[:, None], tl.arange(0, BK)[None, :], 1.0, 0.0, KEY, tl.int32)
-    values = _vectors(page, t[:, None], tl.arange(0, BV)[None, :], 1.0, 0.0, VALUE, tl.int32)
+    keys = vectors(page, t[:, None], tl.arange(0, BK)[None, :], 1.0, 0.0, KEY, tl.int32)
+    values = vectors(page, t[:, None], tl.arange(0, BV)[None, :], 1.0, 0.0, VALUE, tl.int32)
     rank = _rank(keys, values, HOW, KP, VP, BK, BV)
     place = rank % RUN
     packs = packs_ptr + i_page * 4 * PACK_BYTES

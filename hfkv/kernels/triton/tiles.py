@@ -156,14 +156,14 @@ def page_address(ids, width, addresses, token, length, INDEX: tl.constexpr, TIER
 def load_keys(page, slot, feature, SIDE: tl.constexpr, OUT: tl.constexpr):
     """Keys [tokens, features] of slots [tokens] of pages at addresses [tokens]; numbers of type OUT."""
     s, o = _terms(page, slot, SIDE)
-    return _vectors(page[:, None], slot[:, None], feature[None, :], s[:, None], o[:, None], SIDE, OUT)
+    return vectors(page[:, None], slot[:, None], feature[None, :], s[:, None], o[:, None], SIDE, OUT)
 
 
 @triton.jit
 def load_values(page, slot, feature, SIDE: tl.constexpr, OUT: tl.constexpr):
     """Values [features, tokens], likewise."""
     s, o = _terms(page, slot, SIDE)
-    return _vectors(page[None, :], slot[None, :], feature[:, None], s[None, :], o[None, :], SIDE, OUT)
+    return vectors(page[None, :], slot[None, :], feature[:, None], s[None, :], o[None, :], SIDE, OUT)
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _terms(page, slot, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _vectors(page, slot, feature, s, o, SIDE: tl.constexpr, OUT: tl.constexpr):
+def vectors(page, slot, feature, s, o, SIDE: tl.constexpr, OUT: tl.constexpr):
     first = page + SIDE[CODES]
     inside = feature < SIDE[DIM]
     if SIDE[BITS] == 0:
