@@ -90,7 +90,7 @@ def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | Non
 
 def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
     """Attention of the newest queries, whose tokens are in the window already -> [batch, q_heads, queries, Dv]."""
-    return output(past.basis, joint_logits(past, q, call, []), q)
+    return output(joint_logits(past, q, call, []), q)
 
 
 def attend_chunk(
@@ -118,7 +118,7 @@ def attend_chunk(
         rows = head_rows(block, heads, call)
         own = exact_keys(rows, k[:, :end], v[:, :end], _spread(bias, rows, count, heads), call.softcap)
         joint = joint_logits(past, block, call, [own], in_window=False)
-        outs.append(output(past.basis, joint, block))
+        outs.append(output(joint, block))
         if observed:
             lses.append(joint.logits.logsumexp(-1).unflatten(1, (-1, count)))
     return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
@@ -135,19 +135,12 @@ def joint_logits(past: Past, q: Tensor, call: Call, own: list[ExactKeys], in_win
     v = window.v[:, :, : fill.most].flatten(0, 1).float()
     bias = _spread(fill.bias(queries if in_window else 1), rows, queries, heads)
     exact = [exact_keys(rows, k, v, bias, call.softcap), *own]
-    rotated = constant = None
-    if past.work.blocks:
-        rotated = past.basis.rotate_keys(rows)
-        constant = past.basis.constant(rotated)
-    return join(past.work, rotated, constant, exact, call.softcap, sink_rows(q, heads, call))
+    return join(past.work, rows, exact, call.softcap, sink_rows(q, heads, call))
 
 
-def output(basis: Basis, joint: JointLogits, q: Tensor) -> Tensor:
+def output(joint: JointLogits, q: Tensor) -> Tensor:
     """The attention output [batch, q_heads, queries, Dv] in q's dtype."""
-    packed, out = joint.attend()
-    if packed is not None:
-        out += basis.unrotate_values(packed)
-    return out.view(*q.shape[:3], -1).to(q.dtype)
+    return joint.attend().view(*q.shape[:3], -1).to(q.dtype)
 
 
 def head_rows(q: Tensor, kv_heads: int, call: Call) -> Tensor:

@@ -91,9 +91,8 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[
     visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, queries, n]
     rows, keys = head_rows(q, heads, call), sequences.k.flatten(0, 1).float()
     window = exact_keys(rows, keys, keys, hidden_bias(~visible).repeat(1, groups, 1), call.softcap)
-    work, rotated = packed.work(), packed.basis.rotate_keys(rows)
-    constant = packed.basis.constant(rotated)
-    joint = join(work, rotated, constant, [window], call.softcap, sink_rows(q, heads, call))
+    work = packed.work()
+    joint = join(work, rows, [window], call.softcap, sink_rows(q, heads, call))
     p = joint.logits.softmax(-1)
     if fill.pads is not None:  # the query of a pad may see nothing at all
         p = p.masked_fill(joint.logits.amax(-1, keepdim=True) == float("-inf"), 0.0)

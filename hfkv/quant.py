@@ -32,9 +32,6 @@ SCALE_STEPS = 12
 SCALE_BIAS = 180
 """A scale byte c in [1, 255] stands for 2 ** ((c - 180) / 12): 2^-14.9 to 2^6.25. 0 marks a free slot."""
 
-Terms = tuple[Tensor | float, Tensor | float]
-"""(s, z) of a code: x = s * (code - z)."""
-
 
 @dataclass(frozen=True)
 class Codec:
@@ -69,6 +66,21 @@ class Codec:
     def rows(self) -> int:
         """Elements per token: bytes of codes, or numbers of the model's dtype."""
         return self.dim if self.bits == 0 else self.padded * self.bits // 8
+
+    @functools.cached_property
+    def planes(self) -> tuple[tuple[int, int, int], ...]:
+        """(first row, rows, bits) of every plane of codes, lowest bits first; exact vectors are one plane of 0 bits."""
+        planes, first = [], 0
+        for bits in PLANES[self.bits] if self.bits else (0,):
+            rows = self.padded * bits // 8 if bits else self.dim
+            planes.append((first, rows, bits))
+            first += rows
+        return tuple(planes)
+
+    @property
+    def columns(self) -> int:
+        """Features of all planes, one after the other."""
+        return self.padded * len(self.planes)
 
     @property
     def element(self) -> int:
@@ -172,7 +184,12 @@ def affine_terms(codec: Codec, scale: Tensor, zero: Tensor | None) -> tuple[Tens
 
 def scale_from_byte(code: Tensor) -> Tensor:
     """Scale bytes -> float32 scales."""
-    return code.float().sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
+    return scale_from_code(code.float())
+
+
+def scale_from_code(code: Tensor) -> Tensor:
+    """Scale bytes as float32, which become the scales in place."""
+    return code.sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
 
 
 def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
@@ -366,23 +383,6 @@ class PageLayout:
     def byte_metadata(self) -> bool:
         """Whether scales and zeros are single bytes, in one stretch: key scale, value scale, then zeros."""
         return {self.key.kind, self.value.kind} <= {"affine", "bounded", "fitted"}
-
-    def terms(self, pages: Tensor) -> tuple[Terms, Terms]:
-        """Float32 (s, z) of keys and of values of pages, each [n, tokens] or a number: x = s * (stored code - z)."""
-        if not self.byte_metadata:
-            return self._side_terms(pages, self.key, "key"), self._side_terms(pages, self.value, "value")
-        start, stop = self.fields["key_scale"][0], self.fields["value_zero"][1]
-        meta = pages[:, start:stop].float().view(pages.shape[0], -1, self.tokens)
-        scale = meta[:, :2].sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
-        zeros = iter(meta[:, 2:].unbind(1))
-        kz = next(zeros).sub_(self.key.stored_zero) if self.key.zero_bytes else self.key.center
-        return (scale[:, 0], kz), (scale[:, 1], next(zeros) if self.value.zero_bytes else self.value.center)
-
-    def _side_terms(self, pages: Tensor, codec: Codec, side: str) -> Terms:
-        if not codec.bits:
-            return 1.0, 0.0
-        zero = self.view(pages, f"{side}_zero") if codec.zero_bytes else None
-        return affine_terms(codec, self.view(pages, f"{side}_scale"), zero)
 
     def _dtype(self, name: str) -> torch.dtype:
         if name in ("key", "value"):

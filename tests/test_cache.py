@@ -67,14 +67,15 @@ def tensors_held(cache):
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("tokens, steps", [(60, 0), (700, 0), (700, 70)])
 def test_physical_bytes_are_all_bytes_held(name, tokens, steps):
-    """The report's sum against the storages that the cache really holds; rotations are shared by all caches."""
+    """The report's sum against the storages that the cache really holds; all caches share rotations and foldings."""
     cache = LeanKVCache(LeanKVConfig.preset(name))
     feed(random_model(), cache, prompt(tokens))
     generate_on(random_model(), cache, steps)
     report = cache.report()
-    basis = cache.layers[0].tokens.packed.basis
-    shared = sum(m.nbytes for m in (basis.key, basis.value) if m is not None) // (2 if basis.key is basis.value else 1)
-    held = sum(tensors_held(cache).values()) - shared
+    packed = cache.layers[0].tokens.packed
+    shared = [packed.basis.key, packed.basis.value, *packed.work().folding.tensors]
+    storages = {m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in shared if m is not None}
+    held = sum(n for address, n in tensors_held(cache).items() if address not in storages)
     assert report.physical_bytes == sum(report.bytes.values())
     assert abs(held - report.physical_bytes) <= 0.005 * report.physical_bytes + 4096
     assert report.exact_bytes == 4 * 4 * (tokens + steps) * 2 * 64 * 2

@@ -36,7 +36,7 @@ def test_attention_over_pages(counts, tiers, key_dim, value_dim, tokens, codec, 
     sinks = torch.randn(len(counts), groups * queries, generator=generator)
     extra_k, extra_v = (torch.randn(len(counts), 3, dim, generator=generator) for dim in (key_dim, value_dim))
     joint = joined(layer, rows, softcap, sinks, extra_k, extra_v)
-    out = attention_of(layer, joint)
+    out = joint.attend()
     received = attention_received(joint.logits.softmax(-1), layer.work(), groups)
     for row, count in enumerate(counts):
         k, v, births = dequantised(layer, row)
@@ -57,14 +57,8 @@ def joined(layer, rows, softcap=None, sinks=None, extra_k=None, extra_v=None):
     """Joint logits of plain queries over a packed layer and some exact keys."""
     extra_k = torch.zeros(rows.shape[0], 0, rows.shape[-1]) if extra_k is None else extra_k
     extra_v = torch.zeros(rows.shape[0], 0, layer.layouts[0].value.dim) if extra_v is None else extra_v
-    rotated = layer.basis.rotate_keys(rows)
     exact = [exact_keys(rows, extra_k, extra_v, None, softcap)]
-    return join(layer.work(), rotated, layer.basis.constant(rotated), exact, softcap, sinks)
-
-
-def attention_of(layer, joint):
-    packed, plain = joint.attend()
-    return plain if packed is None else plain + layer.basis.unrotate_values(packed)
+    return join(layer.work(), rows, exact, softcap, sinks)
 
 
 def test_work_over_several_arenas():
@@ -85,7 +79,7 @@ def test_work_over_several_arenas():
     layer._work = None
     assert max(len(block.sources) for block in layer.work().blocks) > 1
     rows = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) / 8
-    out = attention_of(layer, joined(layer, rows))
+    out = joined(layer, rows).attend()
     for row in range(2):
         k, v, _ = dequantised(layer, row)
         assert relative_rms(out[row], softmax_attention(rows[row], k, v)[0]) < 1e-5
@@ -96,7 +90,7 @@ def test_the_mean_shift_is_exact_in_itself():
     for shift in (False, True):
         layer, k, v = make_layer([(200, 0)], ((8, 8), (4, 2)), 64, 64, shift=shift)
         rows = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2)) / 8
-        out = attention_of(layer, joined(layer, rows))
+        out = joined(layer, rows).attend()
         want, _ = softmax_attention(rows[0], k[0], v[0])
         assert relative_rms(out[0], want) < 0.03
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from hfkv.config import BITS
 from hfkv.kernels.compaction import clear, put, take
-from hfkv.kernels.decode_attention import widen
+from hfkv.kernels.decode_attention import spread_plane
+from hfkv.kernels.folding import planes_together
 from hfkv.kernels.quantize_pack import code_tokens, unpack_tokens
 from hfkv.quant import Codec, PageLayout, decode, encode, pack_codes, rotation, unpack_codes
 
@@ -37,9 +38,10 @@ def test_packing_is_lossless(bits, dim, count, random):
     packed = pack_codes(levels, codec)
     assert packed.shape == (count, codec.rows)
     assert torch.equal(unpack_codes(packed, codec), levels)
-    for dimension, data in ((-1, packed), (0, packed.T.contiguous())):
-        wide = widen(data, codec, dimension)
-        assert torch.equal((wide if dimension == -1 else wide.T)[:, :dim], levels.float())
+    planes = [spread_plane(packed[:, first : first + rows], bits) for first, rows, bits in codec.planes]
+    side_by_side = torch.cat([fields.movedim(0, 1).flatten(1) for fields in planes], 1)
+    assert side_by_side.shape == (count, codec.columns)
+    assert torch.equal(side_by_side.float() @ planes_together(codec), levels.float())
 
 
 @pytest.mark.parametrize("scheme", ["fitted", "minmax"])

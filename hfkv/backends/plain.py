@@ -13,7 +13,6 @@ from hfkv.handle import Chunk
 from hfkv.kernels import kvcrush
 from hfkv.kernels.append import append_step, begin_step
 from hfkv.kernels.decode_attention import WorkList
-from hfkv.kernels.quantize_pack import Basis
 from hfkv.observe import observe_chunk, observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
@@ -122,22 +121,16 @@ class Kernels(Protocol):
 
 @dataclass(frozen=True)
 class StillWork:
-    """A layer's work list and basis between two flushes; what they lead to stays in place as long as this is held."""
+    """A layer's work list between two flushes; what it leads to stays in place as long as this is held."""
 
     work: WorkList
-    basis: Basis
 
     nbytes = 0
 
     @property
     def read(self) -> list[Tensor]:
         """Every tensor that a step reads."""
-        own = [x for x in (self.basis.key, self.basis.value, self.basis.mean) if x is not None]
-        for block in self.work.blocks:
-            own += [
-                x for x in (block.row, block.filled, *(y for source in block.sources for y in source)) if x is not None
-            ]
-        return own
+        return self.work.read
 
 
 class PlainKernels:
@@ -170,9 +163,7 @@ class PlainKernels:
     @staticmethod
     def still(past: Past, before: StillWork | None) -> StillWork:
         """A flush makes another work list, of other shapes: a step must then be recorded anew."""
-        if before is not None and before.work is past.work and before.basis.mean is past.basis.mean:
-            return before
-        return StillWork(past.work, Basis(past.basis.key, past.basis.value, past.basis.mean))
+        return before if before is not None and before.work is past.work else StillWork(past.work)
 
     @staticmethod
     def attend_still(still: StillWork, past: Past, q: Tensor, call: Call) -> Tensor:

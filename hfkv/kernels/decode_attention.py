@@ -5,22 +5,26 @@ With k_t = ks_t * (code - kz_t) and v_t likewise,
     q . k_t = ks_t * (q . code_t - kz_t * sum(q))        sum_t p_t v_t = sum_t (p_t vs_t) code_t - sum_t p_t vs_t vz_t
 
 so that codes meet only the two matrix products; scales and zeros stay outside. The twin works by blocks of pages: it
-gathers a block's bytes, widens the codes, and forms the block's logits; after one softmax over all blocks, the exact
-keys and the sinks it widens the values of each block again. A row is one KV head of one sequence. Queries and values
-of packed tokens are in the rotated basis of the pages.
+gathers a block's bytes, widens them and forms the block's logits; after one softmax over all blocks, the exact keys and
+the sinks it widens the values of each block. What is linear besides (rotations, the fields of a byte, the zeros of
+values) is folded into one matrix before and one after (`hfkv.kernels.folding`). A row is one KV head of one sequence.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hfkv.quant import PLANES, Codec, PageLayout
+from hfkv.kernels.folding import Folding
+from hfkv.quant import PageLayout, affine_terms, scale_from_code
 
-BLOCK_TOKENS = 32768
+BLOCK_TOKENS = 8192
+"""Tokens, of all rows together, whose keys or values are widened at once: so many stay in a processor's cache."""
+
+NARROW = 32
+"""Fields of fewer features are put side by side before they are multiplied, wider ones are not moved."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class PageBlock:
 
     Attributes:
         tier, layout: index of the tier, and its layout.
-        row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `filled` hides.
+        row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `free` hides.
         sources: (page-sized rows of an arena, row of each page int32, pages that lie there int64); the first source
             names a row for all pages and has None as its pages, the others correct those that lie elsewhere.
-        filled: int32 [r], tokens of each row in this block, which come first; None where all slots are full.
+        free: bool [r, 1, n], free slots among the last n of the block; None where all slots are filled.
         columns: first and last slot of the block among all packed slots of a row.
     """
 
@@ -40,14 +44,23 @@ class PageBlock:
     layout: PageLayout
     row: Tensor | None
     sources: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
-    filled: Tensor | None
+    free: Tensor | None
     columns: tuple[int, int]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's own tensors; the pages that it names are not among them."""
-        own = [self.row, self.filled, *(x for source in self.sources for x in source[1:])]
-        return sum(x.nbytes for x in own if x is not None)
+        return sum(x.nbytes for x in self._own)
+
+    @property
+    def _own(self) -> list[Tensor]:
+        own = [self.row, self.free, *(x for source in self.sources for x in source[1:])]
+        return [x for x in own if x is not None]
+
+    @property
+    def read(self) -> list[Tensor]:
+        """Every tensor that reading the block reads."""
+        return [*self._own, *(rows for rows, *_ in self.sources)]
 
     def gather(self) -> Tensor:
         """The block's bytes, uint8 [r * pages, page_bytes]."""
@@ -69,11 +82,15 @@ class WorkList:
 
     Attributes:
         slots: per tier, packed slots per row, free ones included; a row's columns are those of tier 0, then of tier 1.
+        folding: the layer's maps between plain vectors and bytes.
+        mean: float32 [rows, key_dim] in the rotated basis, what every key is short of; or None.
     """
 
     blocks: tuple[PageBlock, ...]
     rows: int
     slots: tuple[int, ...]
+    folding: Folding
+    mean: Tensor | None
 
     @property
     def nbytes(self) -> int:
@@ -83,26 +100,36 @@ class WorkList:
     def width(self) -> int:
         return sum(self.slots)
 
+    @property
+    def read(self) -> list[Tensor]:
+        """Every tensor that a step reads."""
+        own = [*self.folding.tensors, *(x for block in self.blocks for x in block.read)]
+        return own if self.mean is None else [*own, self.mean]
+
 
 @dataclass(slots=True)
 class BlockValues:
-    """A block's packed values [r * pages, rows, tokens] with scales and zeros [r, 1, pages * tokens]."""
+    """A block's pages, uint8 [r * pages, page_bytes], with what its values are weighed by beside p.
+
+    Attributes:
+        scale: float32 [r, 1, pages * tokens]; None for exact values.
+        zero: float32 [r, 1, pages * tokens] where zeros are not stored as bytes; else None.
+    """
 
     block: PageBlock
-    packed: Tensor
-    scale: Tensor | float
-    zero: Tensor | float
+    pages: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
 
     def weighed(self, p: Tensor) -> Tensor:
-        """sum_t p_t v_t: p [r, queries, pages * tokens] -> [r, queries, value_dim]."""
-        codec = self.block.layout.value
-        packed = self.packed.unflatten(0, (p.shape[0], -1)).transpose(1, 2).contiguous()  # [r, rows, pages, tokens]
-        codes = widen(packed, codec, 1).flatten(2).transpose(1, 2)  # [r, pages * tokens, padded]
-        if not codec.bits:
-            return torch.bmm(p, codes)
-        p = p * self.scale
-        total = (p * self.zero).sum(-1, keepdim=True) if isinstance(self.zero, Tensor) else p.sum(-1, True) * self.zero
-        return torch.bmm(p, codes)[..., : codec.dim].sub_(total)
+        """Sums by p [r, queries, pages * tokens] of codes and of their zeros -> [r, queries, columns]."""
+        if self.scale is not None:
+            p = p * self.scale
+        wide = widen_values(self.block.layout, self.pages, p.shape[0])
+        sums = torch.bmm(p, wide.transpose(1, 2))
+        if self.zero is not None:
+            sums[..., -1:] = torch.bmm(p, self.zero.transpose(1, 2))
+        return sums
 
 
 @dataclass(slots=True)
@@ -122,44 +149,44 @@ class JointLogits:
     exact: list[ExactKeys]
     work: WorkList
 
-    def attend(self) -> tuple[Tensor | None, Tensor]:
-        """Attention output over packed tokens (rotated basis; None: there are none) and over exact ones."""
+    def attend(self) -> Tensor:
+        """The attention output, float32 [rows, queries, value_dim]."""
         p = self.logits.softmax(-1)
-        packed, plain, start = None, None, self.work.width
+        out, start = None, self.work.width
+        for keys in self.exact:
+            end = start + keys.logits.shape[-1]
+            part, start = p[..., start:end], end
+            out = torch.bmm(part, keys.v) if out is None else torch.baddbmm(out, part, keys.v)
+        assert out is not None
+        for tier, sums in self._sums(p).items():
+            flat = torch.addmm(out.flatten(0, 1), sums.flatten(0, 1), self.work.folding.values[tier])
+            out = flat.view(out.shape)
+        return out
+
+    def _sums(self, p: Tensor) -> dict[int, Tensor]:
+        """Per tier, what all its blocks add up to, [rows, queries, columns]."""
+        sums: dict[int, Tensor] = {}
         for held in self.values:
             block = held.block
             part = held.weighed(block.of_rows(p[..., slice(*block.columns)]))
             if block.row is not None:
                 part = part.new_zeros(p.shape[0], *part.shape[1:]).index_add_(0, block.row, part)
-            packed = part if packed is None else packed.add_(part)
-        for keys in self.exact:
-            end = start + keys.logits.shape[-1]
-            part, start = torch.bmm(p[..., start:end], keys.v), end
-            plain = part if plain is None else plain.add_(part)
-        assert plain is not None
-        return packed, plain
+            sums[block.tier] = sums[block.tier].add_(part) if block.tier in sums else part
+        return sums
 
 
-def join(
-    work: WorkList,
-    q: Tensor | None,
-    constant: Tensor | None,
-    exact: list[ExactKeys],
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> JointLogits:
+def join(work: WorkList, q: Tensor, exact: list[ExactKeys], softcap: float | None, sinks: Tensor | None) -> JointLogits:
     """Logits of all keys of each query.
 
     Args:
-        q: float32 [rows, queries, key_dim], rotated and scaled; None where nothing is packed.
-        constant: [rows, queries], added to every packed logit (a query's product with the mean key), or None.
+        q: float32 [rows, queries, key_dim], scaled, in the plain basis.
         exact: keys that are not packed; at least one entry, which may have no key.
         sinks: [rows, queries] logits of a column without a value, or None.
     """
     parts: list[Tensor] = []
     values: list[BlockValues] = []
-    if q is not None and work.blocks:
-        packed, values = _packed_logits(work, q, constant, softcap)
+    if work.blocks:
+        packed, values = _packed_logits(work, q, softcap)
         parts.append(packed)
     parts += [keys.logits for keys in exact]
     if sinks is not None:
@@ -193,18 +220,21 @@ def exact_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: fl
     return ExactKeys(logits if bias is None else logits.add_(bias), v)
 
 
-def _packed_logits(
-    work: WorkList, q: Tensor, constant: Tensor | None, softcap: float | None
-) -> tuple[Tensor, list[BlockValues]]:
-    total, whole = q.sum(-1, keepdim=True), all(block.row is None for block in work.blocks)
+def _packed_logits(work: WorkList, q: Tensor, softcap: float | None) -> tuple[Tensor, list[BlockValues]]:
+    folding = work.folding
+    folded = torch.mm(q.flatten(0, 1), folding.queries).view(*q.shape[:2], -1)
+    total, constant = folded[..., folding.total], None
+    if work.mean is not None:  # a query's product with what all keys are short of
+        constant = torch.bmm(folded[..., folding.rotated], work.mean[..., None])
     parts: list[Tensor] = []
     values: list[BlockValues] = []
     for block in work.blocks:
+        own = folded[..., folding.keys[block.tier]]
         added = None if constant is None else block.of_rows(constant)
-        logits, held = _block_logits(block, block.of_rows(q), block.of_rows(total), added, softcap)
+        logits, held = _block_logits(block, block.of_rows(own), block.of_rows(total), added, softcap)
         parts.append(logits)
         values.append(held)
-    if whole:
+    if all(block.row is None for block in work.blocks):
         logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     else:
         logits = q.new_full((work.rows, q.shape[1], work.width), float("-inf"))
@@ -217,49 +247,114 @@ def _packed_logits(
 def _block_logits(
     block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, BlockValues]:
-    """Logits [r, queries, pages * tokens], -inf in free slots, of q [r, queries, key_dim] with sums `total`."""
-    layout, codec, pages = block.layout, block.layout.key, block.gather()
-    keys_terms, values_terms = layout.terms(pages)
-    rows = q.shape[0]
-    keys = widen(layout.view(pages, "key"), codec, -1).reshape(rows, -1, codec.padded)  # [r, pages * tokens, D]
-    logits = torch.bmm(_padded(q, codec), keys.transpose(1, 2))
-    if codec.bits:
-        ks, kz = (_by_row(term, rows) for term in keys_terms)
-        logits = logits.addcmul_(total, kz, value=-1) if isinstance(kz, Tensor) else logits.sub_(total * kz)
-        logits *= ks
-    if constant is not None:
-        logits += constant[..., None]
+    """Logits [r, queries, pages * tokens], -inf in free slots.
+
+    Args:
+        q: [r, queries, columns], folded; total: [r, queries, 1], the sum of the rotated query.
+        constant: [r, queries, 1], added to every logit, or None.
+    """
+    layout, pages, rows = block.layout, block.gather(), q.shape[0]
+    logits = _products(layout, pages, q)
+    terms = Terms.of(layout, pages, rows)
+    if terms.ks is not None:
+        if isinstance(terms.kz, Tensor):
+            logits.addcmul_(total, terms.kz, value=-1)
+        else:
+            logits.sub_(total * terms.kz)
+        logits = logits.mul_(terms.ks) if constant is None else torch.addcmul(constant, logits, terms.ks)
+    elif constant is not None:
+        logits.add_(constant)
     logits = cap(logits, softcap)
-    if block.filled is not None:
-        logits.masked_fill_((_slots(logits.shape[-1], q.device) >= block.filled[:, None])[:, None], float("-inf"))
-    return logits, BlockValues(block, layout.view(pages, "value"), *(_by_row(term, rows) for term in values_terms))
+    if block.free is not None:
+        logits[..., -block.free.shape[-1] :].masked_fill_(block.free, float("-inf"))
+    return logits, BlockValues(block, pages, terms.vs, terms.vz)
 
 
-def _by_row(term: Tensor | float, rows: int) -> Tensor | float:
-    """[rows * pages, tokens] -> [rows, 1, pages * tokens]."""
-    return term.reshape(rows, 1, -1) if isinstance(term, Tensor) else term
+@dataclass(slots=True)
+class Terms:
+    """What a block's codes are scaled by and measured from, each float32 [rows, 1, pages * tokens].
+
+    Attributes:
+        ks, vs: scales of keys and of values; None for exact ones.
+        kz: zeros of keys, or the one number that they all are.
+        vz: zeros of values that are not stored as bytes; else None.
+    """
+
+    ks: Tensor | None
+    kz: Tensor | float
+    vs: Tensor | None
+    vz: Tensor | None
+
+    @classmethod
+    def of(cls, layout: PageLayout, pages: Tensor, rows: int) -> Terms:
+        """Of pages uint8 [rows * n, page_bytes]."""
+        if not layout.byte_metadata:
+            (ks, kz), (vs, vz) = (_side_terms(layout, pages, rows, side) for side in ("key", "value"))
+            return cls(ks, kz, vs, vz if isinstance(vz, Tensor) and layout.value.kind == "minmax" else None)
+        key, start = layout.key, layout.fields["key_scale"][0]
+        names = 2 + key.zero_bytes
+        stored = pages[:, start : start + names * layout.tokens].view(rows, -1, names, layout.tokens)
+        terms = torch.empty(names, *stored.shape[:2], layout.tokens, device=pages.device)
+        terms.copy_(stored.permute(2, 0, 1, 3))
+        scale_from_code(terms[:2])
+        ks, vs, *zeros = terms.view(names, rows, 1, -1).unbind()
+        if zeros and key.stored_zero:
+            zeros[0].sub_(key.stored_zero)
+        return cls(ks, zeros[0] if zeros else key.center, vs, None)
 
 
-@functools.lru_cache(maxsize=8)
-def _slots(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int32, device=device)
+def _side_terms(layout: PageLayout, pages: Tensor, rows: int, side: str) -> tuple[Tensor | None, Tensor | float]:
+    codec = layout.key if side == "key" else layout.value
+    if not codec.bits:
+        return None, 0.0
+    zero = layout.view(pages, f"{side}_zero") if codec.zero_bytes else None
+    s, z = affine_terms(codec, layout.view(pages, f"{side}_scale"), zero)
+    return s.reshape(rows, 1, -1), z.reshape(rows, 1, -1) if isinstance(z, Tensor) else z
 
 
-def _padded(q: Tensor, codec: Codec) -> Tensor:
-    return q if codec.padded == codec.dim else torch.nn.functional.pad(q, (0, codec.padded - codec.dim))
+def _products(layout: PageLayout, pages: Tensor, q: Tensor) -> Tensor:
+    """Products of q [r, queries, columns] with the keys' codes (numbers of exact tiers): [r, queries, slots]."""
+    stored, products, column = layout.view(pages, "key"), None, 0  # [n, tokens, rows]
+    for first, width, bits in layout.key.planes:
+        codes = spread_plane(stored[..., first : first + width], bits)  # [fields, n, tokens, width]
+        if layout.key.signed:
+            codes = codes.view(torch.int8)
+        if width < NARROW:
+            codes = codes.movedim(0, 2).flatten(2)[None]  # [1, n, tokens, fields * width]
+        wide = codes.float().reshape(codes.shape[0], q.shape[0], -1, codes.shape[-1])
+        for field in wide.transpose(2, 3).unbind():
+            own, column = q[..., column : column + field.shape[1]], column + field.shape[1]
+            products = torch.bmm(own, field) if products is None else products.baddbmm_(own, field)
+    assert products is not None
+    return products
 
 
-def widen(packed: Tensor, codec: Codec, dim: int) -> Tensor:
-    """Bytes with `codec.rows` along `dim` -> float32 stored codes, `codec.padded` along it."""
-    if codec.bits in (0, 8):
-        return (packed.view(torch.int8) if codec.signed else packed).float()
-    codes, shift, start = None, 0, 0
-    for bits in PLANES[codec.bits]:
-        width = codec.padded * bits // 8
-        plane = packed if width == codec.rows else packed.narrow(dim, start, width)
-        slices = [plane, *(plane >> i for i in range(bits, 8, bits))]
-        part = torch.cat(slices, dim).bitwise_and_(2**bits - 1).float()
-        codes = part if codes is None else codes.add_(part, alpha=1 << shift)
-        shift, start = shift + bits, start + width
-    assert codes is not None
-    return codes
+def widen_values(layout: PageLayout, pages: Tensor, rows: int) -> Tensor:
+    """The values' codes (numbers of exact tiers), float32 [rows, columns, slots].
+
+    Codes have one column more: their zeros, where those are bytes, or else ones.
+    """
+    codec, stored, column = layout.value, layout.view(pages, "value"), 0  # [n, bytes, tokens]
+    shape = (rows, codec.columns + (1 if codec.bits else 0), pages.shape[0] // rows, layout.tokens)
+    wide = torch.empty(shape, device=pages.device)
+    for first, width, bits in codec.planes:
+        codes = spread_plane(stored[:, first : first + width], bits)  # [fields, n, width, tokens]
+        part = wide[:, column : column + codes.shape[0] * width].unflatten(1, (-1, width))
+        part.copy_(codes.unflatten(1, (rows, -1)).permute(1, 0, 3, 2, 4))
+        column += codes.shape[0] * width
+    if codec.bits:
+        wide[:, -1] = layout.view(pages, "value_zero").unflatten(0, (rows, -1)) if codec.zero_bytes == 1 else 1
+    return wide.flatten(2)
+
+
+def spread_plane(stored: Tensor, bits: int) -> Tensor:
+    """Bytes of a plane, uint8 [...] -> the codes in each of their fields, [8 / bits, ...]; 0 bits: `stored` itself."""
+    if bits in (0, 8):
+        return stored[None]
+    fields = torch.empty(8 // bits, *stored.shape, dtype=torch.uint8, device=stored.device)
+    torch.bitwise_and(stored, 2**bits - 1, out=fields[0])
+    for i in range(1, fields.shape[0]):
+        torch.bitwise_right_shift(stored, i * bits, out=fields[i])
+    if bits < 4:
+        fields[1:-1].bitwise_and_(2**bits - 1)  # nothing is left above the last
+    return fields

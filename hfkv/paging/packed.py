@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hfkv.kernels import compaction
 from hfkv.kernels.decode_attention import BLOCK_TOKENS, PageBlock, WorkList
+from hfkv.kernels.folding import fold
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import PackedRows
@@ -55,7 +56,8 @@ class PackedLayer(PackedRows):
             for tier, layout in enumerate(self.layouts):
                 blocks += self._blocks(tier, sum(slots))
                 slots.append(int(self.page_counts(tier).max()) * layout.tokens)
-            self._work = WorkList(tuple(blocks), self.rows, tuple(slots))
+            folding = fold(self.layouts, self.basis.key, self.basis.value, self.pool.device)
+            self._work = WorkList(tuple(blocks), self.rows, tuple(slots), folding, self.basis.mean)
         return self._work
 
     def _blocks(self, tier: int, first_column: int) -> list[PageBlock]:
@@ -80,9 +82,11 @@ class PackedLayer(PackedRows):
         ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
         ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one
         filled = self.table.lengths[rows, tier] - pages[0] * layout.tokens
-        full = bool((filled >= columns[1] - columns[0]).all())
+        width = columns[1] - columns[0]
+        last = torch.arange(min(max(int(filled.min()), 0), width), width, device=rows.device)
+        free = last >= filled[:, None, None] if last.numel() else None
         sources = self.pool.sources(self.classes[tier], ids.flatten())
-        return PageBlock(tier, layout, row, sources, None if full else filled.int(), columns)
+        return PageBlock(tier, layout, row, sources, free, columns)
 
     # ---- whole rows ------------------------------------------------------------------------------------------------
 
