@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from hfkv.calibrate.knapsack import Frontier
 from hfkv.calibrate.options import Option, Sizes
 from hfkv.paging.pool import PagePool
+from hfkv.paging.rooms import PackPage
 from hfkv.quant import PageLayout
 
 BISECTIONS = 8
@@ -38,28 +40,36 @@ class Planner:
 
     Args:
         sizes: by layer.
-        options: what every layer may be.
+        options: what each layer may be.
         errors: mean KL of every option, by layer, float64 [options].
     """
 
-    def __init__(self, sizes: dict[int, Sizes], options: list[Option], errors: dict[int, Tensor]) -> None:
+    def __init__(self, sizes: dict[int, Sizes], options: dict[int, list[Option]], errors: dict[int, Tensor]) -> None:
         self._sizes, self._options, self._errors = sizes, options, errors
-        self._costs = {
-            layer: torch.tensor([round(option.page_bytes(size)) for option in options]) for layer, size in sizes.items()
-        }
-        self._pages = {layer: [o.pages(size) for o in options] for layer, size in sizes.items()}
-        self._layouts = {layer: [tuple(o.layouts(size)) for o in options] for layer, size in sizes.items()}
+        self._costs = {x: torch.tensor([round(o.page_bytes(sizes[x])) for o in own]) for x, own in options.items()}
+        self._parts = {x: [o.parts(sizes[x]) for o in own] for x, own in options.items()}
+        self._addresses = {x: [o.address_bytes(sizes[x]) for o in own] for x, own in options.items()}
+        self._layouts = {x: [tuple(o.layouts(sizes[x])) for o in own] for x, own in options.items()}
 
     def cheapest(self) -> Choice:
         return self._choice({layer: int(cost.argmin()) for layer, cost in self._costs.items()})
 
     def uniform(self, option: Option) -> Choice:
         """The same option for every layer."""
-        return self._choice(dict.fromkeys(self._costs, self._options.index(option)))
+        return self._choice({layer: own.index(option) for layer, own in self._options.items()})
 
     def page_bytes(self, layer: int, option: Option) -> int:
         """Bytes of a layer's pages, the mean over prompts."""
-        return int(self._costs[layer][self._options.index(option)])
+        return int(self._costs[layer][self._options[layer].index(option)])
+
+    def smallest(self, layer: int, error: float, packed: bool) -> Option | None:
+        """The packed or plain option of a layer with the fewest bytes whose error is at most this; None: there is none.
+
+        A plain option is one of the model's dtype, too.
+        """
+        errors = self._errors[layer].tolist()
+        fit = [o for o, e in zip(self._options[layer], errors, strict=True) if o.packed == packed and e <= error]
+        return min(fit, key=lambda option: self.page_bytes(layer, option), default=None)
 
     def within_bytes(self, limit: float) -> Choice | None:
         """The choice with the least error whose pages take at most `limit` bytes; None where there is none."""
@@ -112,13 +122,13 @@ class Planner:
 
     def _polished(self, found: Choice, cost: Callable[[Choice], tuple[bool, float]]) -> Choice:
         """Change one layer at a time as long as that helps: the last bytes of chunks that the sum does not see."""
-        picked = {layer: self._options.index(option) for layer, option in found.options.items()}
+        picked = self._indices(found)
         for _ in range(POLISHINGS):
             before = found
             for layer in picked:
-                others = (self._choice({**picked, layer: i}) for i in range(len(self._options)))
+                others = (self._choice({**picked, layer: i}) for i in range(len(self._options[layer])))
                 found = min((found, *others), key=cost)
-                picked = {x: self._options.index(option) for x, option in found.options.items()}
+                picked = self._indices(found)
             if found is before:
                 break
         return found
@@ -141,34 +151,40 @@ class Planner:
 
     def _choice(self, picked: dict[int, int]) -> Choice:
         return Choice(
-            {layer: self._options[i] for layer, i in picked.items()},
+            {layer: self._options[layer][i] for layer, i in picked.items()},
             sum(self._errors[layer][i].item() for layer, i in picked.items()),
             self._pool_bytes(picked),
         )
 
     def _used(self, choice: Choice) -> set[PageLayout]:
-        picked = ((layer, self._options.index(option)) for layer, option in choice.options.items())
-        return {layout for layer, i in picked for layout in self._layouts[layer][i]}
+        return {layout for layer, i in self._indices(choice).items() for layout in self._layouts[layer][i]}
+
+    def _indices(self, choice: Choice) -> dict[int, int]:
+        return {layer: self._options[layer].index(option) for layer, option in choice.options.items()}
 
     def _pool_bytes(self, picked: dict[int, int]) -> float:
         """Bytes of the chunks that a pool takes for every layer's pages, the mean over prompts."""
-        pages: dict[PageLayout, Tensor] = {}
+        pages: dict[PageLayout | PackPage, Tensor] = {}
         for layer, i in picked.items():
-            for layout, count in zip(self._layouts[layer][i], self._pages[layer][i], strict=True):
+            for layout, count in self._parts[layer][i]:
                 pages[layout] = pages.get(layout, torch.zeros_like(count)) + count
         first, i = next(iter(picked.items()))
-        chunk = _chunk_bytes(self._layouts[first][i], tuple(int(n.max()) for n in self._pages[first][i]))
-        chunks = [-(-count // (chunk // layout.page_bytes)) for layout, count in pages.items()]
-        return chunk * torch.stack(chunks).sum(0).double().mean().item()
+        chunk = _chunk_bytes(tuple((layout, float(n.max())) for layout, n in self._parts[first][i]))
+        chunks = [-(-count.ceil().long() // (chunk // layout.page_bytes)) for layout, count in pages.items()]
+        beside = sum(self._addresses[layer][i] for layer, i in picked.items())
+        return chunk * torch.stack(chunks).sum(0).double().mean().item() + beside
 
 
 @functools.cache
-def _chunk_bytes(layouts: tuple[PageLayout, ...], pages: tuple[int, ...]) -> int:
-    """The chunks that a pool decides for when these are the first pages asked of it."""
+def _chunk_bytes(parts: tuple[tuple[PageLayout | PackPage, float], ...]) -> int:
+    """The chunks that a pool decides for when these are the first pages asked of it; packs ask for one of theirs."""
     pool = PagePool("cpu")
     demand: dict[int, int] = {}
-    for layout, count in zip(layouts, pages, strict=True):
-        cls = pool.class_of(layout)
-        demand[cls] = demand.get(cls, 0) + count
-    pool.reserve(demand)
+    cls = 0
+    packed = any(isinstance(layout, PackPage) for layout, _ in parts)
+    for place, (layout, count) in enumerate(parts):
+        cls = pool.class_of(layout)  # type: ignore[arg-type]
+        if not packed or (place == 0 and len(parts) == 3):  # the high tier, above a packed one
+            demand[cls] = demand.get(cls, 0) + math.ceil(count)
+    pool.reserve(demand if any(demand.values()) else {cls: 1})
     return pool.chunk_bytes
