@@ -19,6 +19,9 @@ from hfkv.quant import PageLayout
 BISECTIONS = 8
 """Limits that the knapsack is given until the pages of its choice fit as closely as they can."""
 
+LIMITS = (1.0, 0.7, 0.4)
+"""Shares of an error that the knapsack is given: a choice with less error can need fewer chunks."""
+
 POLISHINGS = 3
 
 
@@ -92,9 +95,10 @@ class Planner:
         """The choice with the fewest bytes whose errors add up to at most `limit`; None where there is none."""
 
         def cheapest(frontier: Frontier, choice: Callable[[list[int]], Choice]) -> Iterator[Choice]:
-            picked = frontier.within_error(limit)
-            if picked is not None:
-                yield choice(picked)
+            for share in LIMITS:
+                picked = frontier.within_error(share * limit)
+                if picked is not None:
+                    yield choice(picked)
 
         return self._fewer_layouts(cheapest, lambda choice: (choice.kl > limit * (1 + 1e-9), choice.bytes))
 
@@ -109,15 +113,12 @@ class Planner:
             solver = self._solver(allowed)
             return None if solver is None else min(solve(*solver), key=cost, default=None)
 
-        found = now = best({layout for layouts in self._layouts.values() for option in layouts for layout in option})
-        used = self._used(now) if now is not None else set()
-        while now is not None and len(used) > 1:
-            fewer = {layout: choice for layout in used if (choice := best(used - {layout})) is not None}
-            if not fewer:
-                break
-            without = min(fewer, key=lambda layout: cost(fewer[layout]))
-            now, used = fewer[without], used - {without}
-            found = now if found is None or cost(now) < cost(found) else found
+        every = {layout for layouts in self._layouts.values() for option in layouts for layout in option}
+        plain = {layout for layout in every if layout.pack is None}
+        starts = [every] if plain == every else [every, plain]
+        found = min(
+            (choice for start in starts for choice in _descent(start, best, cost, self._used)), key=cost, default=None
+        )
         return None if found is None else self._polished(found, cost)
 
     def _polished(self, found: Choice, cost: Callable[[Choice], tuple[bool, float]]) -> Choice:
@@ -173,6 +174,24 @@ class Planner:
         chunks = [-(-count.ceil().long() // (chunk // layout.page_bytes)) for layout, count in pages.items()]
         beside = sum(self._addresses[layer][i] for layer, i in picked.items())
         return chunk * torch.stack(chunks).sum(0).double().mean().item() + beside
+
+
+def _descent(
+    allowed: set[PageLayout],
+    best: Callable[[set[PageLayout]], Choice | None],
+    cost: Callable[[Choice], tuple[bool, float]],
+    used_by: Callable[[Choice], set[PageLayout]],
+) -> Iterator[Choice]:
+    """The best choice of the allowed layouts, then without the one that is missed least, and so on."""
+    now = best(allowed)
+    used = used_by(now) if now is not None else set()
+    while now is not None:
+        yield now
+        fewer = {layout: choice for layout in used if (choice := best(used - {layout})) is not None}
+        if len(used) < 2 or not fewer:
+            break
+        without = min(fewer, key=lambda layout: cost(fewer[layout]))
+        now, used = fewer[without], used - {without}
 
 
 @functools.cache

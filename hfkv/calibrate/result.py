@@ -148,8 +148,6 @@ class Calibration:
         taken: the best of them, whose config this is.
         layers: per layer.
         errors: mean KL of every coding that was measured, by layer.
-        saved: share of the bytes of pages that packed tiers would spare at the predicted KL of the best plain attempt;
-            None where they were not measured, or no plain choice reaches the target.
         choices: where packed tiers were measured, every option of each layer, bytes of its pages (of 64 tokens), KL.
     """
 
@@ -158,12 +156,16 @@ class Calibration:
     taken: Attempt
     layers: list[LayerResult]
     errors: dict[int, dict[Coding, float]] = field(repr=False)
-    saved: float | None = None
     choices: dict[int, list[tuple[Option, float, float]]] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> LeanKVConfig:
         return self.taken.config
+
+    def best(self, packed: bool) -> Attempt | None:
+        """The best attempt with packed tiers, or without; None: nothing was tried."""
+        tried = [attempt for attempt in self.attempts if attempt.config.packs == packed]
+        return min(tried, key=lambda attempt: attempt.rank(self.target), default=None)
 
     @property
     def reached(self) -> bool:

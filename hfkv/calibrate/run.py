@@ -134,6 +134,18 @@ def table(result: Calibration) -> str:
     return "\n".join(lines)
 
 
+def write_errors(result: Calibration, path: Path) -> None:
+    """The error of every coding that was measured, one row each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "side", "bits", "high_share", "rotated", "shifted", "bound", "kl"])
+        for layer, errors in result.errors.items():
+            for c, kl in errors.items():
+                writer.writerow(
+                    [layer, c.side, c.bits, c.share, int(c.rotate), int(c.shift), c.bound or "", f"{kl:.3e}"]
+                )
+
+
 def write_choices(result: Calibration, path: Path) -> None:
     """Bytes and error of every option of every layer, where packed tiers were measured."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -150,22 +162,15 @@ def write_choices(result: Calibration, path: Path) -> None:
 
 def _packing(result: Calibration) -> list[str]:
     """What packed tiers do for the whole of it."""
-    if result.saved is None:
-        said = "No choice without packed tiers reaches the target."
+    plain, packed = result.best(packed=False), result.best(packed=True)
+    if packed is None:
+        said = "no choice with them would be better"
+    elif plain is None:
+        said = "only with them the target can be had"
     else:
-        said = f"Packed tiers, where they help, spare {result.saved:.1%} of the pages of the best plain choice "
-        said += "(predicted, at its KL)."
-    return ["", said + (" Taken." if result.config.packs else " Not taken.")]
-
-
-def write_errors(result: Calibration, path: Path) -> None:
-    """The error of every coding that was measured, one row each."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", "side", "bits", "high_share", "rotated", "shifted", "bound", "kl"])
-        for layer, errors in result.errors.items():
-            for c, kl in errors.items():
-                writer.writerow([layer, c.side, c.bits, c.share, int(c.rotate), int(c.shift), c.bound, f"{kl:.3e}"])
+        ends = (f"{x.bytes_per_token:,.0f} bytes per token at KL {x.kl:.5f}" for x in (packed, plain))
+        said = "{} with them, {} without".format(*ends)
+    return ["", f"Packed tiers: {said}; {'taken' if result.config.packs else 'not taken'}."]
 
 
 def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Prompt]:

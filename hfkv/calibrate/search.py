@@ -13,38 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hfkv.calibrate.choose import Cache, Progress, choose
 from hfkv.calibrate.coding import SIDES, Coding
 from hfkv.calibrate.measured import Measured
-from hfkv.calibrate.options import (
-    KEY_BITS,
-    SHARES,
-    Option,
-    Sizes,
-    all_options,
-    basis_codings,
-    best_basis,
-    codings,
-    config_of,
-)
+from hfkv.calibrate.options import KEY_BITS, SHARES, Option, Sizes, all_options, basis_codings, best_basis, codings
 from hfkv.calibrate.packs import PackSizes, check_base, packed_options, undominated
-from hfkv.calibrate.plan import Choice, Planner
-from hfkv.calibrate.recording import Prompt, Recording, behind, divergence, filled
-from hfkv.calibrate.result import Attempt, Calibration, LayerResult, Packing, Target, out_of_reach
-from hfkv.config import EXACT, LeanKVConfig
+from hfkv.calibrate.plan import Planner
+from hfkv.calibrate.recording import Prompt, Recording
+from hfkv.calibrate.result import Calibration, Target
+from hfkv.config import LeanKVConfig
 from hfkv.fingerprint import describe_config, describe_weights
 from hfkv.packing import BLOCK
-from hfkv.report import Report
-
-REFINEMENTS = 2
-"""Times that a missed target is aimed at anew with what the real cache did."""
-
-LIKELY = Option((4, 2), SHARES[0])
-"""What the bytes beside the pages (windows, tables) are first measured with."""
-
-Tried = tuple[Choice, Attempt]
-
-Progress = Callable[[str, int], Callable[[], object]]
-"""`progress(what, steps)` begins a part of the work and returns what is called after every step."""
 
 
 def calibrate(
@@ -119,7 +98,6 @@ class _Search:
         self._choices: dict[int, list[tuple[Option, float, float]]] = {}
 
     def run(self, prompts: list[Prompt], target: Target, made_for: str | None) -> Calibration:
-        self._made_for = made_for
         step = self._progress("exact prompts", len(prompts))
         self._recordings: list[Recording] = []
         for prompt in prompts:
@@ -133,10 +111,12 @@ class _Search:
         self._measure("widths and shares", {x: codings(kinds, self._bases[x]) for x in self._layers})
         sizes = {x: Sizes.of(self._recordings, x, SHARES, self._dtype) for x in self._layers}
         plain = self._planner(sizes, dict.fromkeys(self._layers, self._options))
-        return self._choose(plain, self._with_packed() if self._packed else None, target)
+        packed = self._with_packed() if self._packed else None
+        cache = Cache(self._model, self._recordings, self._base, self._bases, self._dtype, made_for, self._progress)
+        return dataclasses.replace(choose(cache, target, plain, packed, self._errors), choices=self._choices)
 
     def _planner(self, sizes: dict[int, Sizes], options: dict[int, list[Option]]) -> Planner:
-        sums = {x: torch.tensor([self._error(x, option) for option in own]) for x, own in options.items()}
+        sums = {x: torch.tensor([self._error(x, o) for o in own], dtype=torch.float64) for x, own in options.items()}
         return Planner(sizes, options, sums)
 
     def _with_packed(self) -> Planner:
@@ -172,146 +152,8 @@ class _Search:
         return self._measured.add(recording.divergence({layer: [coding]}), *key) if known is None else known
 
     def _error(self, layer: int, option: Option) -> float:
-        return sum(self._side_error(layer, option, side) for side in SIDES)
-
-    def _side_error(self, layer: int, option: Option, side: str) -> float:
-        coding = option.coding(side, self._bases[layer])
-        return self._errors[layer][coding] if coding.bits else 0.0
-
-    # ---- choose --------------------------------------------------------------------------------------------------
-
-    def _choose(self, plain: Planner, packed: Planner | None, target: Target) -> Calibration:
-        """Try the best plain choice and, where there is one, the best with packed tiers; take the better of both."""
-        solve = self._by_error if target.kl is not None else self._by_bytes(plain)
-        of_plain = self._tried(solve(plain, target), target)
-        of_packed = [] if packed is None else self._tried(solve(packed, target), target, _packs)
-        tried = of_plain + of_packed
-        if not tried:
-            raise ValueError(self._out_of_reach(plain, packed, target))
-        choice, taken = best(tried, target)
-        planner = packed if packed is not None and _packs(choice) else plain
-        layers = [self._result(planner, layer, option) for layer, option in choice.options.items()]
-        saved = None
-        if packed is not None:
-            layers = [dataclasses.replace(x, packing=_compared(plain, packed, x)) for x in layers]
-            saved = _saved(packed, best(of_plain, target)[0]) if of_plain else None
-        attempts = [attempt for _, attempt in tried]
-        return Calibration(target, attempts, taken, layers, self._errors, saved, self._choices)
-
-    def _tried(
-        self,
-        solve: Callable[[Tried | None], Choice | None],
-        target: Target,
-        worth_trying: Callable[[Choice], bool] = lambda choice: True,
-    ) -> list[Tried]:
-        """Solve, hold the real cache to it, and solve again with what it did where the target is missed."""
-        tried: list[Tried] = []
-        while len(tried) <= REFINEMENTS:
-            choice = solve(tried[-1] if tried else None)
-            if choice is None or not worth_trying(choice) or any(choice.options == x.options for x, _ in tried):
-                break
-            tried.append((choice, self._verified(choice, self._recordings)))
-            if tried[-1][1].is_close(target):
-                break
-        return tried
-
-    def _by_error(self, planner: Planner, target: Target) -> Callable[[Tried | None], Choice | None]:
-        """The fewest bytes for a KL; the real cache's KL says what the sum of errors has to be aimed at."""
-        assert target.kl is not None
-        aim, limit = target.kl, target.kl
-
-        def solve(last: Tried | None) -> Choice:
-            nonlocal aim
-            if last is not None:
-                aim *= 0.95 * limit / last[1].kl
-            choice = planner.within_error(aim)
-            assert choice is not None, "exact layers have no error"
-            return choice
-
-        return solve
-
-    def _by_bytes(self, plain: Planner) -> Callable[[Planner, Target], Callable[[Tried | None], Choice | None]]:
-        """The least error within bytes; the real cache says what lies beside the pages that a planner counts."""
-        likely = plain.uniform(LIKELY)
-        self._first = self._verified(likely, self._recordings[:1])
-        self._beside = self._first.physical_bytes - likely.bytes
-
-        def solving(planner: Planner, target: Target) -> Callable[[Tried | None], Choice | None]:
-            limit, beside = target.limit * self._first.unit(target), self._beside
-
-            def solve(last: Tried | None) -> Choice | None:
-                nonlocal beside
-                if last is not None:
-                    beside = max(beside, last[1].physical_bytes - last[0].bytes)
-                return planner.within_bytes(limit - beside)
-
-            return solve
-
-        return solving
-
-    def _out_of_reach(self, plain: Planner, packed: Planner | None, target: Target) -> str:
-        highest = plain.within_error(0.0)
-        assert highest is not None, "exact layers have no error"
-        cheapest = min(planner.cheapest().bytes for planner in (plain, packed) if planner is not None)
-        ends = [(x + self._beside) / self._first.unit(target) for x in (cheapest, highest.bytes)]
-        return out_of_reach(target, ends, int(self._first.tokens), self._base.window + self._base.flush)
-
-    def _verified(self, choice: Choice, recordings: list[Recording]) -> Attempt:
-        """Through the real cache: KL behind every prompt, and bytes."""
-        config = self._config(choice)
-        step = self._progress("through the real cache", len(recordings))
-        rows = []
-        for recording in recordings:
-            held = filled(self._model, recording.prompt, config)
-            sizes = physical_bytes(held.report(), self._dtype, self._model.dtype)
-            kl = divergence(recording.reference, behind(self._model, recording.prompt, held))
-            rows.append((kl, *sizes, len(recording.prompt[0])))
-            step()
-        return Attempt(config, choice.kl, *(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
-
-    def _config(self, choice: Choice) -> LeanKVConfig:
-        return config_of(self._base, choice.options, self._bases, self._made_for)
-
-    def _result(self, planner: Planner, layer: int, option: Option) -> LayerResult:
-        key, value = (self._side_error(layer, option, side) for side in SIDES)
-        return LayerResult(layer, option, self._bases[layer], key, value, planner.page_bytes(layer, option))
-
-
-def best(tried: list[Tried], target: Target) -> Tried:
-    """What the real cache did best with; of equals the first."""
-    return min(tried, key=lambda pair: pair[1].rank(target))
-
-
-def _packs(choice: Choice) -> bool:
-    return any(option.packed for option in choice.options.values())
-
-
-def _compared(plain: Planner, packed: Planner, layer: LayerResult) -> Packing:
-    """The smallest plain and the smallest packed option of a layer that err no more than the one it got."""
-    error, own = layer.key_kl + layer.value_kl, layer.option
-    with_packs = own if own.packed else packed.smallest(layer.index, error, packed=True)
-    without = plain.smallest(layer.index, error, packed=False) if own.packed else own
-    assert without is not None, "exact layers have no error"
-    size = None if with_packs is None else packed.page_bytes(layer.index, with_packs)
-    return Packing(without, plain.page_bytes(layer.index, without), with_packs, size, own.packed)
-
-
-def _saved(packed: Planner, plain: Choice) -> float:
-    """Share of the bytes of pages that packed tiers spare at the error of the plain choice, as far as predicted."""
-    choice = packed.within_error(plain.kl)
-    assert choice is not None, "exact layers have no error"
-    return 1 - choice.bytes / plain.bytes
-
-
-def physical_bytes(report: Report, dtype: torch.dtype, measured_in: torch.dtype) -> tuple[float, float]:
-    """Physical and exact bytes of a cache if exact vectors had `dtype` instead of the one that it was filled in."""
-    share = dtype.itemsize / measured_in.itemsize
-    exact_numbers = 0
-    for layer in report.layers:
-        exact_numbers += layer.bytes.get("window", 0) + layer.bytes.get("queries", 0)
-        if EXACT in layer.tiers:
-            exact_numbers += layer.bytes["codes"] + layer.bytes["free_slots"]
-    return report.physical_bytes - exact_numbers * (1 - share), report.exact_bytes * share
+        sides = [option.coding(side, self._bases[layer]) for side in SIDES]
+        return sum(self._errors[layer][coding] for coding in sides if coding.bits)
 
 
 def _identity(model: nn.Module) -> str:
