@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     target = Target(args.ratio, args.bytes_per_token, args.kl)
     base = LeanKVConfig.from_json(args.config) if args.config else None
-    progress = _bars()
+    progress = progress_bars()
     _check_output(args.out)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -200,7 +200,7 @@ def _check_output(path: Path) -> None:
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
 
 
-def _bars() -> Callable[[str, int], Callable[[], object]]:
+def progress_bars() -> Callable[[str, int], Callable[[], object]]:
     """Progress bars, one after another."""
     try:
         from tqdm import tqdm
