@@ -24,6 +24,14 @@ from hfkv.report import tier_name
 
 TABLE, KEPT = RESULTS / "packing_calibrated.csv", RESULTS / "packing_calibrated.jsonl"
 
+COLUMNS = [
+    *("tokens", "prompts", "what", "name", "high_share", "keys", "bytes_token", "kl"),
+    "ratio",
+    "packed_layers",
+    "taken",
+]
+"""`keys`: how packed ones are coded; of `real cache` rows the bits that keys may have."""
+
 
 def tiers(result: Calibration) -> list[dict[str, Any]]:
     """Every option for all layers; the packs of each layer in its best order."""
@@ -59,21 +67,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--count", type=int, default=2, help="prompts")
+    parser.add_argument("--key-bits", type=int, nargs="+", default=[8, 4], help="bits that keys may have")
     parser.add_argument("--kl", type=float, nargs="+", default=[0.005, 0.02], help="targets, each a KL in nats")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = smollm2.load(dtype=torch.float32)
     prompts = generated(tokenizer, args.tokens, args.count)
-    common = {"tokens": args.tokens, "prompts": args.count}
+    bits = " ".join(map(str, args.key_bits))
     for number, kl in enumerate(args.kl):
-        terms = dict(packed=True, dtype=torch.bfloat16, keep=KEPT, progress=progress_bars())
+        terms = dict(key_bits=args.key_bits, packed=True, dtype=torch.bfloat16, keep=KEPT, progress=progress_bars())
         result = calibrate(model, prompts, kl=kl, **terms)
         print(table(result))
-        rows = [*(tiers(result) if not number else []), *attempts(result)]
+        rows = [*(tiers(result) if not number else []), *({**row, "keys": bits} for row in attempts(result))]
         for row in rows:
             row |= {"bytes_token": f"{row['bytes_token']:.1f}", "kl": f"{row['kl']:.5f}"}
-        columns = ("what", "name", "high_share", "keys", "bytes_token", "kl", "ratio", "packed_layers", "taken")
-        rows = [common | {column: row.get(column, "") for column in columns} for row in rows]
+            row |= {"tokens": args.tokens, "prompts": args.count}
+        rows = [{column: row.get(column, "") for column in COLUMNS} for row in rows]
         merge_csv(TABLE, rows, by=("tokens", "what", "name", "high_share", "keys"))
 
 

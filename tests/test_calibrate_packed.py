@@ -258,8 +258,8 @@ def test_plain_tiers_are_kept_where_packing_spares_nothing():
 
 def test_a_target_that_only_packs_reach():
     with pytest.raises(ValueError, match="out of reach"):
-        calibrate(tiny(), [runs(1500)], ratio=0.15)
-    result = calibrate(tiny(), [runs(1500)], ratio=0.15, packed=True)
+        calibrate(tiny(), [runs(1500)], ratio=0.16)
+    result = calibrate(tiny(), [runs(1500)], ratio=0.16, packed=True)
     assert result.reached and result.config.packs
     assert result.best(packed=False) is None
     with pytest.raises(ValueError, match=r"ratio 0\.01 is out of reach"):

@@ -19,15 +19,19 @@ from hfkv.packing import BLOCK, HEAD, PACK, WORD, Packed
 from hfkv.quant import encode
 
 KEY_BOUND, VALUE_BOUND = 0.1, 0.2
-"""Of the error-bounded codes, as `Packed` has them by itself."""
+"""Of the error-bounded codes, as `Packed` has them by itself. Keys err then as those of 3 bits do."""
 
 CLEARLY = 0.99
 """Another order of tokens, or packed values beside the keys, must take at most this share of the words."""
 
 
 def packed_options(key_bits: Sequence[int]) -> list[Option]:
-    """Every packed tier to try, keys packed as they lie; `PackSizes.best` says what else is packed, in which order."""
-    keys = [*(Packed(key_bits=bits) for bits in key_bits), Packed(rel_key=KEY_BOUND)]
+    """Every packed tier to try, keys packed as they lie; `PackSizes.best` says what else is packed, in which order.
+
+    Error-bounded keys where fewer than 4 bits are allowed, and error-bounded codes as an only tier.
+    """
+    keys = [Packed(key_bits=bits) for bits in key_bits]
+    keys += [Packed(rel_key=KEY_BOUND)] if min(key_bits) < 4 else []
     values = [*(Packed(value_bits=bits) for bits in VALUE_BITS), Packed(rel_value=VALUE_BOUND)]
     tiers = [Packed(k.rel_key, v.rel_value, k.key_bits, v.value_bits) for k, v in itertools.product(keys, values)]
     low = [t for t in tiers if (t.key_bits or 8) < HIGH_BITS["key"] and (t.value_bits or 8) <= HIGH_BITS["value"]]
