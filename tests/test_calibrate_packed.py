@@ -14,6 +14,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from hfkv import LeanKVConfig, Packed, cli
 from hfkv.calibrate import calibrate
+from hfkv.calibrate.choose import compared
 from hfkv.calibrate.options import SHARES, Basis, Option, Packs, Sizes, config_of
 from hfkv.calibrate.packs import PackSizes, packed_options, undominated
 from hfkv.calibrate.plan import Planner
@@ -191,6 +192,17 @@ def test_the_smallest_option_of_a_layer():
     assert own.smallest(0, 0.001, packed=False) == PLAIN
     assert own.smallest(0, 0.001, packed=True) is None
     assert own.smallest(0, 0.003, packed=True) == PACKED
+
+
+def test_a_layer_is_compared_at_no_more_error_than_it_has():
+    sizes = dict.fromkeys([0], planner(0.7)._sizes[0])
+    options, errors = [Option("exact"), PLAIN], torch.tensor([0.0, 0.001], dtype=torch.float64)
+    plain, packed = Planner(sizes, {0: options}, {0: errors}), planner(0.7, more_error=3.0, layers=1)
+    assert compared(plain, packed, LayerResult(0, PLAIN, Basis(), 0.001, 0.0, 0)).packed is None
+    loose = compared(plain, packed, LayerResult(0, PLAIN, Basis(), 0.002, 0.001, 0))
+    assert (loose.plain, loose.packed, loose.taken) == (PLAIN, PACKED, False) and loose.saved > 0.2
+    taken = compared(plain, packed, LayerResult(0, PACKED, Basis(), -1e-9, 0.0, 0))
+    assert (taken.plain, taken.packed, taken.taken) == (Option("exact"), PACKED, True)
 
 
 @settings(deadline=None)

@@ -94,7 +94,7 @@ def choose(
     for layer, option in choice.options.items():
         key, value = (errors[layer].get(option.coding(side, cache.bases[layer]), 0.0) for side in SIDES)
         found = LayerResult(layer, option, cache.bases[layer], key, value, planner.page_bytes(layer, option))
-        layers.append(found if packed is None else dataclasses.replace(found, packing=_compared(plain, packed, found)))
+        layers.append(found if packed is None else dataclasses.replace(found, packing=compared(plain, packed, found)))
     return Calibration(target, [attempt for _, attempt in tried], taken, layers, errors)
 
 
@@ -164,9 +164,9 @@ def _packs(choice: Choice) -> bool:
     return any(option.packed for option in choice.options.values())
 
 
-def _compared(plain: Planner, packed: Planner, layer: LayerResult) -> Packing:
+def compared(plain: Planner, packed: Planner, layer: LayerResult) -> Packing:
     """The smallest plain and the smallest packed option of a layer that err no more than the one it got."""
-    error, own = layer.key_kl + layer.value_kl, layer.option
+    error, own = max(layer.key_kl + layer.value_kl, 0.0), layer.option  # what is measured as exact may be just below 0
     with_packs = own if own.packed else packed.smallest(layer.index, error, packed=True)
     without = plain.smallest(layer.index, error, packed=False) if own.packed else own
     assert without is not None, "exact layers have no error"
