@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hfkv import LeanKVCache, LeanKVConfig
 from hfkv.calibrate import generated
-from hfkv.calibrate.search import physical_bytes
+from hfkv.calibrate.choose import physical_bytes
 from hfkv.demo import smollm2
 from hfkv.demo.measures import agreement, fill, forced_logits
 from hfkv.demo.texts import Continuation, NotedText

@@ -13,10 +13,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
 from hfkv.calibrate import Target, calibrate, from_files, generated, recording
+from hfkv.calibrate.choose import physical_bytes
 from hfkv.calibrate.coding import Coding, recoded
 from hfkv.calibrate.options import SHARES, Basis, Option, all_options, best_basis, codings, config_of
 from hfkv.calibrate.recording import Recording, behind, divergence, filled
-from hfkv.calibrate.search import physical_bytes
 
 CHANGES = dict(num_hidden_layers=3, head_dim=32, max_position_embeddings=2048)
 SIZES = {**TINY, **CHANGES}

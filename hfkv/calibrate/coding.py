@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfkv.config import EXACT, LeanKVConfig
+from hfkv.packing import Packed
 from hfkv.policy import Candidates, Costs, Shares
 from hfkv.quant import HIGH, NEW, Codec, decode, encode, rotation
 
@@ -26,6 +27,7 @@ class Coding:
         bits: of the only tier, or of the low one; 0 is the model's dtype.
         share: of the tokens that a high tier of `HIGH_BITS` holds; 0 means that there is one tier.
         rotate, shift: rotation over the head dimension; subtraction of the mean (keys only).
+        bound: of error-bounded codes (`Packed`), else 0; `bits` are then what its codes take.
     """
 
     side: str
@@ -33,9 +35,15 @@ class Coding:
     share: float = 0.0
     rotate: bool = True
     shift: bool = False
+    bound: float = 0.0
+
+    def codec(self, dim: int, config: LeanKVConfig) -> Codec:
+        """Of the only tier, or of the low one."""
+        tier = Packed(self.bound, self.bound) if self.bound else (self.bits, self.bits)
+        return Codec.of(tier, self.side, dim, torch.float32, config.codec)
 
     def __str__(self) -> str:
-        text = f"{self.side[0].upper()}{self.bits or EXACT}"
+        text = f"{self.side[0].upper()}{self.bound or self.bits or EXACT}"
         text += f" under {self.share:g} high" if self.share else ""
         return text + ("" if self.rotate else " plain") + (" shifted" if self.shift else "")
 
@@ -52,22 +60,31 @@ def recoded(x: Tensor, coding: Coding, high: Tensor | None, config: LeanKVConfig
     """
     if not coding.bits:
         return x
-    dim = x.shape[-1]
-    turn = rotation(dim, config.rotation_seed, x.device)[0] if coding.rotate else None
-    y = x.float() if turn is None else x.float() @ turn
+    turn = _turn(x, coding, config)
+    y = turned(x, coding, config)
     mean = y.mean(1, keepdim=True) if coding.shift else None
     if mean is not None:
         y = y - mean
-    back = _through(y, coding.side, coding.bits, config)
+    back = _through(y, coding.codec(x.shape[-1], config))
     if high is not None:
-        back = torch.where(high[..., None], _through(y, coding.side, HIGH_BITS[coding.side], config), back)
+        best = Coding(coding.side, HIGH_BITS[coding.side]).codec(x.shape[-1], config)
+        back = torch.where(high[..., None], _through(y, best), back)
     if mean is not None:
         back = back + mean
     return (back if turn is None else back @ turn.T).to(x.dtype)
 
 
-def _through(y: Tensor, side: str, bits: int, config: LeanKVConfig) -> Tensor:
-    codec = Codec.of((bits, bits), side, y.shape[-1], y.dtype, config.codec)
+def turned(x: Tensor, coding: Coding, config: LeanKVConfig) -> Tensor:
+    """Vectors [..., dim] in the basis that they are coded in, float32."""
+    turn = _turn(x, coding, config)
+    return x.float() if turn is None else x.float() @ turn
+
+
+def _turn(x: Tensor, coding: Coding, config: LeanKVConfig) -> Tensor | None:
+    return rotation(x.shape[-1], config.rotation_seed, x.device)[0] if coding.rotate else None
+
+
+def _through(y: Tensor, codec: Codec) -> Tensor:
     return decode(codec, *encode(codec, y.flatten(0, 1))).view(y.shape)
 
 

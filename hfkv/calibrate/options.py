@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 from hfkv.calibrate.coding import HIGH_BITS, SIDES, Coding
 from hfkv.calibrate.recording import Recording
 from hfkv.config import BITS, CHOICE_FIELDS, EXACT, LeanKVConfig, Tier
-from hfkv.quant import Codec, PageLayout
+from hfkv.kernels.sealing import ADDRESS, PACKS
+from hfkv.packing import WORD, Packed
+from hfkv.paging.rooms import GROWTH, PackPage, room_bytes
+from hfkv.quant import PageLayout, top_code
 from hfkv.report import tier_name
 
 KEY_BITS = (8, 4)
@@ -54,42 +57,96 @@ class Basis:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to code a layer: its only tier, or the low one under a high tier of `HIGH` with a share of the tokens."""
+    """One way to code a layer: its only tier, or the low one under a high tier of `HIGH` with a share of the tokens.
+
+    Attributes:
+        rotate_keys: of a packed tier, whose keys are never shifted; the keys of plain ones go by the layer's `Basis`.
+    """
 
     tier: Tier
     share: float = 0.0
+    rotate_keys: bool = True
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
         return (HIGH, self.tier) if self.share else (self.tier,)
 
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.tier, Packed)
+
     def bits(self, side: str) -> int:
         """Bits of the low or only tier; 0 is the model's dtype."""
+        if isinstance(self.tier, Packed):
+            bound = self.bound(side)
+            return top_code(bound).bit_length() if bound else int(getattr(self.tier, f"{side}_bits"))
         return int(self.tier[SIDES.index(side)]) if isinstance(self.tier, tuple) else 0
+
+    def bound(self, side: str) -> float:
+        """Of error-bounded codes, else 0."""
+        return getattr(self.tier, f"rel_{side}") or 0.0 if isinstance(self.tier, Packed) else 0.0
 
     def coding(self, side: str, basis: Basis) -> Coding:
         """How this option codes a side; a low tier as fine as the high one is like one tier."""
         bits = self.bits(side)
-        return basis.coding(side, bits, self.share if bits < HIGH_BITS[side] else 0.0)
+        coding = basis.coding(side, bits, self.share if bits < HIGH_BITS[side] else 0.0)
+        if self.packed and side == "key":
+            coding = dataclasses.replace(coding, rotate=self.rotate_keys, shift=False)
+        return dataclasses.replace(coding, bound=self.bound(side))
 
     def layouts(self, sizes: Sizes) -> list[PageLayout]:
-        codecs = [[Codec.of(t, side, sizes.dims[side], sizes.dtype, sizes.codec) for side in SIDES] for t in self.tiers]
-        return [PageLayout(key, value, sizes.page_tokens, bool(self.share)) for key, value in codecs]
+        dims = (sizes.dims["key"], sizes.dims["value"])
+        return [
+            PageLayout.of(tier, dims, sizes.dtype, sizes.codec, sizes.page_tokens, bool(self.share))
+            for tier in self.tiers
+        ]
 
-    def pages(self, sizes: Sizes) -> list[Tensor]:
-        """Pages of a layer, int64 [prompts] per tier."""
+    def parts(self, sizes: Sizes) -> list[tuple[PageLayout | PackPage, Tensor]]:
+        """What a pool holds of a layer: layouts, and pages of each, [prompts]; of pages of packs parts are counted."""
         high = sizes.high[self.share]  # [prompts, heads] tokens in the high tier
         counts = [high, sizes.tokens[:, None] - high] if self.share else [sizes.tokens[:, None].expand_as(high)]
-        return [(-(-count // sizes.page_tokens)).sum(1) for count in counts]
+        parts: list[tuple[PageLayout | PackPage, Tensor]] = []
+        for layout, count in zip(self.layouts(sizes), counts, strict=True):
+            if layout.pack is None:
+                parts.append((layout, (-(-count // sizes.page_tokens)).sum(1)))
+            else:
+                room, held = PackPage(room_bytes(layout)), sizes.packs[self]
+                parts += [(dataclasses.replace(layout, pack=None), held.loose), (room, held.rooms(room))]
+        return parts
+
+    def address_bytes(self, sizes: Sizes) -> float:
+        """Bytes of the table that says where packs lie, the mean over the prompts."""
+        return sizes.packs[self].pages.double().mean().item() * PACKS * ADDRESS if self.packed else 0.0
 
     def page_bytes(self, sizes: Sizes) -> float:
         """Bytes of a layer's pages, the mean over the prompts."""
-        pairs = zip(self.pages(sizes), self.layouts(sizes), strict=True)
-        return sum(pages.double().mean().item() * layout.page_bytes for pages, layout in pairs)
+        pages = sum(count.double().mean().item() * layout.page_bytes for layout, count in self.parts(sizes))
+        return pages + self.address_bytes(sizes)
 
     def __str__(self) -> str:
         low = tier_name(self.tier)
         return f"{tier_name(HIGH)} {self.share:.0%}, {low}" if self.share else low
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The packed tokens of a layer.
+
+    Attributes:
+        words: int64 [prompts], words that packs take.
+        pages: int64 [prompts], pages of 64 tokens by the table, those that wait for tokens among them.
+        loose: int64 [prompts], those that do.
+    """
+
+    words: Tensor
+    pages: Tensor
+    loose: Tensor
+
+    def rooms(self, room: PackPage) -> Tensor:
+        """Pages of packs, float64 [prompts]: each leaves half a pack free, and a pool grows by more than it must."""
+        packs = ((self.pages - self.loose) * PACKS).clamp_min(1)
+        words = self.words.double()
+        return (1 + GROWTH / 2) * words / (room.page_bytes / WORD - words / packs / 2)
 
 
 @dataclass(frozen=True)
@@ -101,6 +158,7 @@ class Sizes:
         tokens: int64 [prompts], packed tokens per head.
         high: int64 [prompts, heads] tokens of the high tier, by share.
         dtype: the dtype that exact vectors have.
+        packs: what packed options take.
     """
 
     dims: dict[str, int]
@@ -109,9 +167,18 @@ class Sizes:
     page_tokens: int
     dtype: torch.dtype
     codec: str
+    packs: dict[Option, Packs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, recordings: list[Recording], layer: int, shares: Iterable[float], dtype: torch.dtype) -> Sizes:
+    def of(
+        cls,
+        recordings: list[Recording],
+        layer: int,
+        shares: Iterable[float],
+        dtype: torch.dtype,
+        page_tokens: int | None = None,
+    ) -> Sizes:
+        """Of a layer, in pages of so many tokens, or as many as the cache would choose."""
         config, packed = recordings[0].config, [recording.packed(layer, "key") for recording in recordings]
         value = recordings[0].packed(layer, "value")
         longest = max(len(recording.prompt[0]) for recording in recordings)
@@ -122,7 +189,7 @@ class Sizes:
             {"key": packed[0].shape[2], "value": value.shape[2]},
             torch.tensor([x.shape[1] for x in packed]),
             high,
-            config.page_tokens or (32 if longest < SMALL_PAGES else 64),
+            page_tokens or config.page_tokens or (32 if longest < SMALL_PAGES else 64),
             dtype,
             config.codec,
         )

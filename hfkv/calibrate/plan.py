@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,10 +13,14 @@ from torch import Tensor
 from hfkv.calibrate.knapsack import Frontier
 from hfkv.calibrate.options import Option, Sizes
 from hfkv.paging.pool import PagePool
+from hfkv.paging.rooms import PackPage
 from hfkv.quant import PageLayout
 
 BISECTIONS = 8
 """Limits that the knapsack is given until the pages of its choice fit as closely as they can."""
+
+LIMITS = (1.0, 0.7, 0.4)
+"""Shares of an error that the knapsack is given: a choice with less error can need fewer chunks."""
 
 POLISHINGS = 3
 
@@ -38,28 +43,36 @@ class Planner:
 
     Args:
         sizes: by layer.
-        options: what every layer may be.
+        options: what each layer may be.
         errors: mean KL of every option, by layer, float64 [options].
     """
 
-    def __init__(self, sizes: dict[int, Sizes], options: list[Option], errors: dict[int, Tensor]) -> None:
+    def __init__(self, sizes: dict[int, Sizes], options: dict[int, list[Option]], errors: dict[int, Tensor]) -> None:
         self._sizes, self._options, self._errors = sizes, options, errors
-        self._costs = {
-            layer: torch.tensor([round(option.page_bytes(size)) for option in options]) for layer, size in sizes.items()
-        }
-        self._pages = {layer: [o.pages(size) for o in options] for layer, size in sizes.items()}
-        self._layouts = {layer: [tuple(o.layouts(size)) for o in options] for layer, size in sizes.items()}
+        self._costs = {x: torch.tensor([round(o.page_bytes(sizes[x])) for o in own]) for x, own in options.items()}
+        self._parts = {x: [o.parts(sizes[x]) for o in own] for x, own in options.items()}
+        self._addresses = {x: [o.address_bytes(sizes[x]) for o in own] for x, own in options.items()}
+        self._layouts = {x: [tuple(o.layouts(sizes[x])) for o in own] for x, own in options.items()}
 
     def cheapest(self) -> Choice:
         return self._choice({layer: int(cost.argmin()) for layer, cost in self._costs.items()})
 
     def uniform(self, option: Option) -> Choice:
         """The same option for every layer."""
-        return self._choice(dict.fromkeys(self._costs, self._options.index(option)))
+        return self._choice({layer: own.index(option) for layer, own in self._options.items()})
 
     def page_bytes(self, layer: int, option: Option) -> int:
         """Bytes of a layer's pages, the mean over prompts."""
-        return int(self._costs[layer][self._options.index(option)])
+        return int(self._costs[layer][self._options[layer].index(option)])
+
+    def smallest(self, layer: int, error: float, packed: bool) -> Option | None:
+        """The packed or plain option of a layer with the fewest bytes whose error is at most this; None: there is none.
+
+        A plain option is one of the model's dtype, too.
+        """
+        errors = self._errors[layer].tolist()
+        fit = [o for o, e in zip(self._options[layer], errors, strict=True) if o.packed == packed and e <= error]
+        return min(fit, key=lambda option: self.page_bytes(layer, option), default=None)
 
     def within_bytes(self, limit: float) -> Choice | None:
         """The choice with the least error whose pages take at most `limit` bytes; None where there is none."""
@@ -82,9 +95,10 @@ class Planner:
         """The choice with the fewest bytes whose errors add up to at most `limit`; None where there is none."""
 
         def cheapest(frontier: Frontier, choice: Callable[[list[int]], Choice]) -> Iterator[Choice]:
-            picked = frontier.within_error(limit)
-            if picked is not None:
-                yield choice(picked)
+            for share in LIMITS:
+                picked = frontier.within_error(share * limit)
+                if picked is not None:
+                    yield choice(picked)
 
         return self._fewer_layouts(cheapest, lambda choice: (choice.kl > limit * (1 + 1e-9), choice.bytes))
 
@@ -99,26 +113,23 @@ class Planner:
             solver = self._solver(allowed)
             return None if solver is None else min(solve(*solver), key=cost, default=None)
 
-        found = now = best({layout for layouts in self._layouts.values() for option in layouts for layout in option})
-        used = self._used(now) if now is not None else set()
-        while now is not None and len(used) > 1:
-            fewer = {layout: choice for layout in used if (choice := best(used - {layout})) is not None}
-            if not fewer:
-                break
-            without = min(fewer, key=lambda layout: cost(fewer[layout]))
-            now, used = fewer[without], used - {without}
-            found = now if found is None or cost(now) < cost(found) else found
+        every = {layout for layouts in self._layouts.values() for option in layouts for layout in option}
+        plain = {layout for layout in every if layout.pack is None}
+        starts = [every] if plain == every else [every, plain]
+        found = min(
+            (choice for start in starts for choice in _descent(start, best, cost, self._used)), key=cost, default=None
+        )
         return None if found is None else self._polished(found, cost)
 
     def _polished(self, found: Choice, cost: Callable[[Choice], tuple[bool, float]]) -> Choice:
         """Change one layer at a time as long as that helps: the last bytes of chunks that the sum does not see."""
-        picked = {layer: self._options.index(option) for layer, option in found.options.items()}
+        picked = self._indices(found)
         for _ in range(POLISHINGS):
             before = found
             for layer in picked:
-                others = (self._choice({**picked, layer: i}) for i in range(len(self._options)))
+                others = (self._choice({**picked, layer: i}) for i in range(len(self._options[layer])))
                 found = min((found, *others), key=cost)
-                picked = {x: self._options.index(option) for x, option in found.options.items()}
+                picked = self._indices(found)
             if found is before:
                 break
         return found
@@ -141,34 +152,58 @@ class Planner:
 
     def _choice(self, picked: dict[int, int]) -> Choice:
         return Choice(
-            {layer: self._options[i] for layer, i in picked.items()},
+            {layer: self._options[layer][i] for layer, i in picked.items()},
             sum(self._errors[layer][i].item() for layer, i in picked.items()),
             self._pool_bytes(picked),
         )
 
     def _used(self, choice: Choice) -> set[PageLayout]:
-        picked = ((layer, self._options.index(option)) for layer, option in choice.options.items())
-        return {layout for layer, i in picked for layout in self._layouts[layer][i]}
+        return {layout for layer, i in self._indices(choice).items() for layout in self._layouts[layer][i]}
+
+    def _indices(self, choice: Choice) -> dict[int, int]:
+        return {layer: self._options[layer].index(option) for layer, option in choice.options.items()}
 
     def _pool_bytes(self, picked: dict[int, int]) -> float:
         """Bytes of the chunks that a pool takes for every layer's pages, the mean over prompts."""
-        pages: dict[PageLayout, Tensor] = {}
+        pages: dict[PageLayout | PackPage, Tensor] = {}
         for layer, i in picked.items():
-            for layout, count in zip(self._layouts[layer][i], self._pages[layer][i], strict=True):
+            for layout, count in self._parts[layer][i]:
                 pages[layout] = pages.get(layout, torch.zeros_like(count)) + count
         first, i = next(iter(picked.items()))
-        chunk = _chunk_bytes(self._layouts[first][i], tuple(int(n.max()) for n in self._pages[first][i]))
-        chunks = [-(-count // (chunk // layout.page_bytes)) for layout, count in pages.items()]
-        return chunk * torch.stack(chunks).sum(0).double().mean().item()
+        chunk = _chunk_bytes(tuple((layout, float(n.max())) for layout, n in self._parts[first][i]))
+        chunks = [-(-count.ceil().long() // (chunk // layout.page_bytes)) for layout, count in pages.items()]
+        beside = sum(self._addresses[layer][i] for layer, i in picked.items())
+        return chunk * torch.stack(chunks).sum(0).double().mean().item() + beside
+
+
+def _descent(
+    allowed: set[PageLayout],
+    best: Callable[[set[PageLayout]], Choice | None],
+    cost: Callable[[Choice], tuple[bool, float]],
+    used_by: Callable[[Choice], set[PageLayout]],
+) -> Iterator[Choice]:
+    """The best choice of the allowed layouts, then without the one that is missed least, and so on."""
+    now = best(allowed)
+    used = used_by(now) if now is not None else set()
+    while now is not None:
+        yield now
+        fewer = {layout: choice for layout in used if (choice := best(used - {layout})) is not None}
+        if len(used) < 2 or not fewer:
+            break
+        without = min(fewer, key=lambda layout: cost(fewer[layout]))
+        now, used = fewer[without], used - {without}
 
 
 @functools.cache
-def _chunk_bytes(layouts: tuple[PageLayout, ...], pages: tuple[int, ...]) -> int:
-    """The chunks that a pool decides for when these are the first pages asked of it."""
+def _chunk_bytes(parts: tuple[tuple[PageLayout | PackPage, float], ...]) -> int:
+    """The chunks that a pool decides for when these are the first pages asked of it; packs ask for one of theirs."""
     pool = PagePool("cpu")
     demand: dict[int, int] = {}
-    for layout, count in zip(layouts, pages, strict=True):
-        cls = pool.class_of(layout)
-        demand[cls] = demand.get(cls, 0) + count
-    pool.reserve(demand)
+    cls = 0
+    packed = any(isinstance(layout, PackPage) for layout, _ in parts)
+    for place, (layout, count) in enumerate(parts):
+        cls = pool.class_of(layout)  # type: ignore[arg-type]
+        if not packed or (place == 0 and len(parts) == 3):  # the high tier, above a packed one
+            demand[cls] = demand.get(cls, 0) + math.ceil(count)
+    pool.reserve(demand if any(demand.values()) else {cls: 1})
     return pool.chunk_bytes

@@ -97,9 +97,37 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What packing does for a layer, at no more error than the layer has.
+
+    Attributes:
+        plain, plain_bytes: the smallest plain option and the bytes of its pages.
+        packed, packed_bytes: the smallest packed option and the bytes of its pages; None where all err more.
+        taken: whether the layer is packed.
+    """
+
+    plain: Option
+    plain_bytes: float
+    packed: Option | None
+    packed_bytes: float | None
+    taken: bool
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the plain bytes that packing spares; below 0 where it takes more."""
+        return None if self.packed_bytes is None else 1 - self.packed_bytes / self.plain_bytes
+
+    def __str__(self) -> str:
+        if self.saved is None:
+            return "none errs as little"
+        said = f"{'saves' if self.saved >= 0 else 'costs'} {abs(self.saved):.1%}"
+        return f"{said}, {'taken' if self.taken else 'not taken'}"
+
+
+@dataclass(frozen=True)
 class LayerResult:
-    """One layer of a calibrated config: how it is coded, the mean KL in nats of its keys and of its values alone, and
-    the bytes of its pages."""
+    """One layer of a calibrated config: how it is coded, the mean KL in nats of its keys and of its values alone, the
+    bytes of its pages, and, where packed tiers were measured, what they would take."""
 
     index: int
     option: Option
@@ -107,6 +135,7 @@ class LayerResult:
     key_kl: float
     value_kl: float
     page_bytes: float
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,7 @@ class Calibration:
         taken: the best of them, whose config this is.
         layers: per layer.
         errors: mean KL of every coding that was measured, by layer.
+        choices: where packed tiers were measured, every option of each layer, bytes of its pages (of 64 tokens), KL.
     """
 
     target: Target
@@ -126,10 +156,16 @@ class Calibration:
     taken: Attempt
     layers: list[LayerResult]
     errors: dict[int, dict[Coding, float]] = field(repr=False)
+    choices: dict[int, list[tuple[Option, float, float]]] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> LeanKVConfig:
         return self.taken.config
+
+    def best(self, packed: bool) -> Attempt | None:
+        """The best attempt with packed tiers, or without; None: nothing was tried."""
+        tried = [attempt for attempt in self.attempts if attempt.config.packs == packed]
+        return min(tried, key=lambda attempt: attempt.rank(self.target), default=None)
 
     @property
     def reached(self) -> bool:

@@ -20,6 +20,8 @@ from hfkv.calibrate.result import Calibration, Target
 from hfkv.calibrate.search import calibrate
 from hfkv.config import LeanKVConfig
 from hfkv.demo import smollm2
+from hfkv.packing import Packed
+from hfkv.report import tier_name
 from hfkv.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-bits", nargs="+", type=int, default=list(KEY_BITS), help="bits that keys may have (default: 8 4)"
     )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="also measure packed tiers (PackKV), and take them where they are smaller at equal error; slower to read",
+    )
     parser.add_argument("--config", metavar="JSON", help="LeanKVConfig whose window, flush and codec are kept")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="measured in (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("calibrated.json"), help="config (default: %(default)s)")
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     target = Target(args.ratio, args.bytes_per_token, args.kl)
     base = LeanKVConfig.from_json(args.config) if args.config else None
-    progress = _bars()
+    progress = progress_bars()
     _check_output(args.out)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         prompts,
         **vars(target),
         key_bits=args.key_bits,
+        packed=args.packed,
         base=base,
         dtype=own,
         keep=keep,
@@ -91,7 +99,12 @@ def run(args: argparse.Namespace) -> int:
     errors = args.out.with_suffix(".errors.csv")
     write_errors(result, errors)
     print(table(result))
-    print(f"\nWritten: {args.out} (config), {errors} (errors by layer), {keep} (measurements, to go on from).")
+    files = f"{args.out} (config), {errors} (errors by layer), {keep} (measurements, to go on from)"
+    if result.choices:
+        choices = args.out.with_suffix(".packing.csv")
+        write_choices(result, choices)
+        files += f", {choices} (bytes and KL of plain and packed tiers by layer)"
+    print(f"\nWritten: {files}.")
     print(f"{time.perf_counter() - start:.0f} seconds. Use it: LeanKVCache(LeanKVConfig.from_json({str(args.out)!r}))")
     if not result.reached:
         print(f"The target was missed: {target}, reached {getattr(result.taken, target.name):.4g}.")
@@ -101,17 +114,20 @@ def run(args: argparse.Namespace) -> int:
 def table(result: Calibration) -> str:
     """How every layer is coded, then what the real cache did with every config that was tried."""
     lines = ["", "layer  tiers                 keys              values    KL of keys  KL of values  bytes in pages"]
+    measured = any(x.packing is not None for x in result.layers)
+    lines[-1] += "  packing" if measured else ""
     for x in result.layers:
         key, value = (x.option.coding(side, x.basis) for side in SIDES)
         how = "rotated" if key.rotate else "plain"
         how += ", shifted" if key.shift else ""
         lines.append(
             f"{x.index:5}  {x.option!s:<20}  {how:<18}{'rotated' if value.rotate else 'plain':<8}"
-            f"{x.key_kl:12.2e}  {x.value_kl:12.2e}  {x.page_bytes:14,.0f}"
+            f"{x.key_kl:12.2e}  {x.value_kl:12.2e}  {x.page_bytes:14,.0f}" + (f"  {x.packing}" if measured else "")
         )
+    lines += _packing(result) if measured else []
     lines += ["", "                 predicted KL  measured KL   ratio  bytes per token"]
     for number, tried in enumerate(result.attempts):
-        name = f"config {number + 1}" + (" *" if tried is result.taken else "")
+        name = f"{'packed' if tried.config.packs else 'config'} {number + 1}" + (" *" if tried is result.taken else "")
         lines.append(
             f"{name:<16}{tried.predicted_kl:13.5f}{tried.kl:13.5f}{tried.ratio:8.4f}{tried.bytes_per_token:17,.0f}"
         )
@@ -122,10 +138,39 @@ def write_errors(result: Calibration, path: Path) -> None:
     """The error of every coding that was measured, one row each."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["layer", "side", "bits", "high_share", "rotated", "shifted", "kl"])
+        writer.writerow(["layer", "side", "bits", "high_share", "rotated", "shifted", "bound", "kl"])
         for layer, errors in result.errors.items():
             for c, kl in errors.items():
-                writer.writerow([layer, c.side, c.bits, c.share, int(c.rotate), int(c.shift), f"{kl:.3e}"])
+                writer.writerow(
+                    [layer, c.side, c.bits, c.share, int(c.rotate), int(c.shift), c.bound or "", f"{kl:.3e}"]
+                )
+
+
+def write_choices(result: Calibration, path: Path) -> None:
+    """Bytes and error of every option of every layer, where packed tiers were measured."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "tier", "high_share", "keys_rotated", "packed", "order", "page_bytes", "kl", "taken"])
+        taken = {x.index: x.option for x in result.layers}
+        for layer, choices in result.choices.items():
+            for option, size, kl in choices:
+                tier = option.tier
+                packs = (tier.sides, tier.repack) if isinstance(tier, Packed) else ("", "")
+                own = (layer, tier_name(tier), option.share, "" if not option.packed else int(option.rotate_keys))
+                writer.writerow([*own, *packs, f"{size:.0f}", f"{kl:.3e}", int(option == taken[layer])])
+
+
+def _packing(result: Calibration) -> list[str]:
+    """What packed tiers do for the whole of it."""
+    plain, packed = result.best(packed=False), result.best(packed=True)
+    if packed is None:
+        said = "no choice with them would be better"
+    elif plain is None:
+        said = "only with them the target can be had"
+    else:
+        ends = (f"{x.bytes_per_token:,.0f} bytes per token at KL {x.kl:.5f}" for x in (packed, plain))
+        said = "{} with them, {} without".format(*ends)
+    return ["", f"Packed tiers: {said}; {'taken' if result.config.packs else 'not taken'}."]
 
 
 def _prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> list[Prompt]:
@@ -155,7 +200,7 @@ def _check_output(path: Path) -> None:
         raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
 
 
-def _bars() -> Callable[[str, int], Callable[[], object]]:
+def progress_bars() -> Callable[[str, int], Callable[[], object]]:
     """Progress bars, one after another."""
     try:
         from tqdm import tqdm

@@ -54,8 +54,8 @@ def seal(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
 
 def _seal(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
     form, count = pack_format(layout), pages.shape[0]
-    keys = _codes(layout.key, layout.view(pages, "key"))  # [n, 64, dim]
-    values = _codes(layout.value, layout.view(pages, "value").transpose(1, 2))
+    keys = codes_of(layout.key, layout.view(pages, "key"))  # [n, 64, dim]
+    values = codes_of(layout.value, layout.view(pages, "value").transpose(1, 2))
     packed_keys, packed_values = (x if s.packed else x[..., :0] for x, s in ((keys, form.key), (values, form.value)))
     order = repack(packed_keys, packed_values, form.repack)[..., None]
     meta = _meta(layout, pages).gather(1, order.expand(-1, -1, meta_bytes(layout)))  # [n, 64, bytes]
@@ -183,7 +183,7 @@ def _by_field(layout: PageLayout, meta: Tensor) -> Tensor:
 # ---- codes -------------------------------------------------------------------------------------------------------
 
 
-def _codes(codec: Codec, data: Tensor) -> Tensor:
+def codes_of(codec: Codec, data: Tensor) -> Tensor:
     """Bytes uint8 [n, 64, rows] -> codes uint8 [n, 64, dim]."""
     if codec.bits == 8:
         return data ^ codec.stored_zero if codec.signed else data
