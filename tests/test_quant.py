@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hfkv.config import BITS
 from hfkv.kernels.compaction import clear, put, take
-from hfkv.kernels.decode_attention import spread_plane
 from hfkv.kernels.folding import planes_together
+from hfkv.kernels.page_codes import spread_plane
 from hfkv.kernels.quantize_pack import code_tokens, unpack_tokens
 from hfkv.quant import Codec, PageLayout, decode, encode, pack_codes, rotation, unpack_codes
 
