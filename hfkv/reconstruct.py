@@ -63,4 +63,5 @@ def reconstruct(
             )
             cache.undo_forward()
     cache.flush()
+    cache.close_up()
     return cache
