@@ -340,6 +340,24 @@ def test_a_run_writes_rows_prompts_and_plots_and_does_nothing_twice(tmp_path, ca
     assert before == ((tmp_path / "accuracy.csv").read_bytes(), (tmp_path / "accuracy_prompts.jsonl").read_bytes())
 
 
+@pytest.mark.parametrize("lengths", [(1000,), (1000, 4000)])
+def test_less_divergence_is_drawn_higher_in_every_panel(lengths, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    rows = [
+        {"model": "m", "task": "text", "tokens": tokens, "method": name, "family": METHODS[name].family, "kl": kl}
+        | {"share": share, "samples": 1, "steps": 95}
+        for tokens in lengths
+        for name, share, kl in ((EXACT, 1.0, 0.0), ("k8v4", 0.5, 0.001), ("k4v2", 0.3, 0.1))
+    ]
+    plots.draw(rows, "text", tmp_path, "stem")
+    assert len(drawn[0].axes) == len(lengths)
+    for panel in drawn[0].axes:
+        low, high = (panel.transData.transform((0.5, kl))[1] for kl in (0.1, 0.001))
+        assert low < high
+
+
 def test_a_run_that_stops_goes_on(tmp_path, capsys):
     run.run(evaluation(tmp_path, budget=-1.0))
     out = capsys.readouterr().out
