@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from hfkv import LeanKVCache, LeanKVConfig, cli
+from hfkv import LeanKVCache, LeanKVConfig, cli, reconstruct
 from hfkv.demo import smollm2
 from hfkv.demo.measures import equal_tokens, fill
 from hfkv.eval import kivi, methods, plots, record, run, score, study, table, tasks
@@ -183,6 +184,19 @@ def test_a_question_behind_a_recorded_prompt_is_one_prompt(preset):
     for filled in (record.filled(model, made, LeanKVCache(config)), fill(model, ids, LeanKVCache(config))):
         with torch.no_grad():
             logits.append(model(torch.tensor([[5, 6]]), past_key_values=filled).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_score_of_two_passes_gets_both_behind_a_recorded_prompt(dtype):
+    model, ids, config = tiny_model(), random_ids(300), LeanKVConfig(keep_share=0.5, score="kvzip")
+    twin = copy.deepcopy(model).to(dtype)
+    replayed = record.filled(model, record.record(model, ids, 300), LeanKVCache(config), dtype)
+    own = reconstruct(twin, torch.tensor([ids]), LeanKVCache(config))
+    assert not replayed.awaits_reconstruction and model.dtype == torch.float32
+    assert methods.physical_bytes(replayed) == methods.physical_bytes(own)
+    with torch.no_grad():
+        logits = [twin(torch.tensor([[5, 6]]), past_key_values=cache).logits for cache in (replayed, own)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
