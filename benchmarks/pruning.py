@@ -20,20 +20,14 @@ import torch
 from rows import RESULTS, Rows, merge_csv
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkv import LeanKVCache, LeanKVConfig
-from hfkv.attention import leankv_attention, leankv_mask
 from hfkv.demo import smollm2
 from hfkv.demo.measures import agreement, question_ids
 from hfkv.demo.texts import continuations, noted_texts
+from hfkv.eval.eviction import ALL_QUERIES
+from hfkv.eval.record import Recording, filled, record
 from hfkv.policy import KVCrush, Representatives
 
 TABLE = RESULTS / "pruning_smollm2.csv"
@@ -89,37 +83,13 @@ def settings() -> dict[str, dict[str, Any]]:
     for dropped in (0.1, 0.7):
         drop("attention", (dropped,), score="attention")
     drop("replay", (0.1,), score="replay")
+    drop("kvzip", (0.3, 0.5, 0.7), score="kvzip")
+    drop("value_attention", (0.3,), score="value_attention")
+    for dropped in (0.1, 0.5, 0.7):
+        drop("attention + 0.25 KVCrush", (dropped,), score="attention", representatives=KVCrush(0.25))
+    for name in ("replay", "keydiff", "h2o", "snapkv", "expected_attention", "knorm", "value_attention"):
+        drop(f"{name} + 0.75 KVCrush", (0.5,), score=name, representatives=KVCrush(0.75))
     return made
-
-
-class Prompt:
-    """The exact queries, keys and values that a model makes of a prompt, by layer."""
-
-    noted: list[tuple[Any, Tensor, Tensor, Tensor]]
-
-    def __init__(self, model: PreTrainedModel, ids: list[int]):
-        self.length = len(ids)
-        Prompt.noted = []
-        model.set_attn_implementation("noting")
-        with torch.no_grad():
-            model(torch.tensor([ids]), use_cache=False, logits_to_keep=1)
-        model.set_attn_implementation("leankv")
-        self._layers, Prompt.noted = Prompt.noted, []
-
-    def into(self, config: LeanKVConfig | None, dtype: torch.dtype = torch.float32) -> Cache:
-        """A cache that has taken the prompt over, as if the model had just run; None: DynamicCache."""
-        cache: Any = DynamicCache() if config is None else LeanKVCache(config)
-        with torch.no_grad():
-            for index, (module, q, k, v) in enumerate(self._layers):
-                held = cache.update(k.to(dtype), v.to(dtype), index)
-                if config is not None:
-                    leankv_attention(module, q.to(dtype), *held, None, scaling=module.scaling)
-        return cache
-
-
-def _note(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    Prompt.noted.append((module, q, k, v))
-    return leankv_attention(module, q, k, v, mask, scaling=kwargs["scaling"])
 
 
 class Study:
@@ -129,7 +99,7 @@ class Study:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, tokens: int, args: Any
     ) -> None:
         self._model, self._tokenizer, self._rows, self._tokens, self._args = model, tokenizer, rows, tokens, args
-        self._prompt: tuple[str, Prompt] | None = None  # the last one that was needed
+        self._recording: tuple[str, Recording] | None = None  # of the last prompt that was needed
 
     def run(self) -> None:
         """Measure all settings, those that come first on all prompts before the next."""
@@ -181,14 +151,17 @@ class Study:
             if self._rows.get(key) is None:
                 yield key, config
 
-    def _of(self, ids: list[int], what: str) -> Prompt:
-        if self._prompt is None or self._prompt[0] != what:
-            self._prompt = (what, Prompt(self._model, ids))
-        return self._prompt[1]
+    def _filled(self, what: str, ids: list[int], config: LeanKVConfig | None, dtype: torch.dtype | None = None) -> Any:
+        """A cache of this config behind a prompt; None: the exact one."""
+        if self._recording is None or self._recording[0] != what:
+            self._recording = None  # frees the one before
+            self._recording = (what, record(self._model, ids, ALL_QUERIES))
+        cache = DynamicCache() if config is None else LeanKVCache(config)
+        return filled(self._model, self._recording[1], cache, dtype)
 
     def _note_answers(self, index: int, ids: list[int], asked: Any, some: dict[str, Any]) -> None:
         for key, config in self._missing("notes", index, some):
-            cache = self._of(ids, f"notes {index}").into(config)
+            cache = self._filled(f"notes {index}", ids, config)
             step = max(1, BATCH_TOKENS // len(ids))
             parts = [self._found(cache, asked[first : first + step]) for first in range(0, len(asked), step)]
             self._rows.add(key, {"found": [found for part in parts for found in part]})
@@ -218,14 +191,14 @@ class Study:
     def _note_agreement(self, index: int, ids: list[int], following: list[int], some: dict[str, Any]) -> None:
         exact = None
         for key, config in self._missing("text", index, some):
-            prompt = self._of(ids, f"text {index}")
-            exact = self._logits(prompt.into(None), following) if exact is None else exact
-            close = agreement(exact, self._logits(prompt.into(config), following))
+            what = f"text {index}"
+            exact = self._logits(self._filled(what, ids, None), following) if exact is None else exact
+            close = agreement(exact, self._logits(self._filled(what, ids, config), following))
             self._rows.add(key, {"kl": close.kl, "top1": close.top1})
 
     def _note_bytes(self, index: int, ids: list[int], some: dict[str, Any]) -> None:
         for key, config in self._missing("bytes", index, some):
-            report = self._of(ids, f"text {index}").into(config, torch.bfloat16).report()
+            report = self._filled(f"text {index}", ids, config, torch.bfloat16).report()
             self._rows.add(key, {"ratio": report.physical_bytes / report.exact_bytes})
 
     def _row(self, name: str) -> dict[str, Any] | None:
@@ -272,8 +245,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.fresh:
         KEPT.unlink(missing_ok=True)
-    AttentionInterface.register("noting", _note)
-    AttentionMaskInterface.register("noting", leankv_mask)
     model, tokenizer = smollm2.load(dtype=torch.float32)
     for tokens in args.tokens:
         Study(model, tokenizer, Rows(KEPT), tokens, args).run()

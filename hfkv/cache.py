@@ -27,7 +27,7 @@ from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import OutOfPages, PagePool
 from hfkv.paging.rows import PackedRows
 from hfkv.paging.sealed import SealingPool
-from hfkv.paging.sharing import share_pages
+from hfkv.paging.sharing import close_up, share_pages
 from hfkv.report import Report, TokenMap, make_report, token_map
 from hfkv.rope import Rotary, rotary_of
 from hfkv.tiering import alike, apply_flush, plan_flush
@@ -202,6 +202,13 @@ class LeanKVCache(LazyLinearLayers):
     def awaits_reconstruction(self) -> bool:
         """Whether a prompt was stored whole, for `hfkv.reconstruct` to prune."""
         return any(tokens.whole for tokens in self.compressed)
+
+    @plain_tensors()
+    def close_up(self) -> None:
+        """Give back the memory of pages that a large release has left free, by moving the others together."""
+        with self.forwards.changing("closing up"):
+            for device, pool in self._pools.items():
+                close_up(pool, [tokens.packed for tokens in self.compressed if tokens.device == device])
 
     # ---- flush -----------------------------------------------------------------------------------------------------
 

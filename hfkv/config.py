@@ -138,7 +138,7 @@ class LeanKVConfig:
     @property
     def reads_prompt(self) -> bool:
         """True where the score reads all queries of a prompt, not only the last `observe`."""
-        return self._scores_by("h2o", "replay", "expected_attention", OWN)
+        return self._scores_by("h2o", "replay", "kvzip", "expected_attention", OWN)
 
     @functools.cached_property
     def turns_queries(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from hfkv import LeanKVCache, LeanKVConfig, cli
+from hfkv import LeanKVCache, LeanKVConfig, cli, reconstruct
 from hfkv.demo import smollm2
 from hfkv.demo.measures import equal_tokens, fill
 from hfkv.eval import kivi, methods, plots, record, run, score, study, table, tasks
@@ -186,6 +187,19 @@ def test_a_question_behind_a_recorded_prompt_is_one_prompt(preset):
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_score_of_two_passes_gets_both_behind_a_recorded_prompt(dtype):
+    model, ids, config = tiny_model(), random_ids(300), LeanKVConfig(keep_share=0.5, score="kvzip")
+    twin = copy.deepcopy(model).to(dtype)
+    replayed = record.filled(model, record.record(model, ids, 300), LeanKVCache(config), dtype)
+    own = reconstruct(twin, torch.tensor([ids]), LeanKVCache(config))
+    assert not replayed.awaits_reconstruction and model.dtype == torch.float32
+    assert methods.physical_bytes(replayed) == methods.physical_bytes(own)
+    with torch.no_grad():
+        logits = [twin(torch.tensor([[5, 6]]), past_key_values=cache).logits for cache in (replayed, own)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_cannot_be_replayed_is_prefilled():
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, head_dim=64, sliding_window=64)).eval()
@@ -338,6 +352,24 @@ def test_a_run_writes_rows_prompts_and_plots_and_does_nothing_twice(tmp_path, ca
     before = (tmp_path / "accuracy.csv").read_bytes(), (tmp_path / "accuracy_prompts.jsonl").read_bytes()
     run.run(evaluation(tmp_path))
     assert before == ((tmp_path / "accuracy.csv").read_bytes(), (tmp_path / "accuracy_prompts.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("lengths", [(1000,), (1000, 4000)])
+def test_less_divergence_is_drawn_higher_in_every_panel(lengths, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: drawn.append(self))
+    rows = [
+        {"model": "m", "task": "text", "tokens": tokens, "method": name, "family": METHODS[name].family, "kl": kl}
+        | {"share": share, "samples": 1, "steps": 95}
+        for tokens in lengths
+        for name, share, kl in ((EXACT, 1.0, 0.0), ("k8v4", 0.5, 0.001), ("k4v2", 0.3, 0.1))
+    ]
+    plots.draw(rows, "text", tmp_path, "stem")
+    assert len(drawn[0].axes) == len(lengths)
+    for panel in drawn[0].axes:
+        low, high = (panel.transData.transform((0.5, kl))[1] for kl in (0.1, 0.001))
+        assert low < high
 
 
 def test_a_run_that_stops_goes_on(tmp_path, capsys):

@@ -118,6 +118,42 @@ def test_trim_gives_memory_back():
     assert pool.allocate(cls, torch.tensor([2, 3])).numel() == 5
 
 
+@given(st.integers(0, 400), st.floats(0, 1), st.booleans(), st.randoms())
+@settings(max_examples=100, deadline=None)
+def test_pages_move_together_and_the_rest_is_given_back(count, share, sharing, random):
+    pool = PagePool("cpu")
+    cls, other = pool.class_of(LAYOUTS[0]), pool.class_of(LAYOUTS[1])
+    taken = []
+    for part in (count // 3, count - count // 3):  # two arenas
+        pool.reserve({cls: part, other: 3})
+        taken.append(pool.allocate(cls, torch.tensor([part])))
+        pool.allocate(other, torch.tensor([3]))
+    ids = torch.cat(taken)
+    others = pool._used[(torch.tensor(pool._owner) == other).nonzero().flatten()].clone()
+    marks = torch.arange(count)
+    pages = torch.zeros(count, pool.layout(cls).page_bytes, dtype=torch.uint8)
+    pages.view(torch.int64)[:, 0] = marks
+    pool.scatter(cls, ids, pages)
+    keep = torch.tensor([random.random() < share for _ in range(count)], dtype=torch.bool)
+    if sharing:
+        pool.share(ids[keep][::2])
+    pool.release(cls, ids[~keep])
+    ids, marks = ids[keep], marks[keep]
+    old, new = pool.close_up(cls)
+    moved = dict(zip(old.tolist(), new.tolist(), strict=True))
+    ids = torch.tensor([moved.get(i, i) for i in ids.tolist()], dtype=torch.int32)
+    pool.trim()
+    assert torch.equal(pool.gather(cls, ids).view(torch.int64)[:, 0], marks)
+    every = torch.cat([ids, pool._free_ids(pool._classes[cls])])
+    assert every.unique().numel() == every.numel() == pool._classes[cls].pages
+    assert pool._classes[cls].free < max(pool._classes[cls].per_chunk, 1)
+    free = pool.gather(cls, pool._free_ids(pool._classes[cls]))
+    assert (free[:, pool.layout(cls).meta_start :] == 0).all()
+    if sharing and len(ids):
+        assert torch.equal(pool.owners.shared(ids), torch.arange(len(ids)) % 2 == 0)
+    assert torch.equal(others, pool._used[(torch.tensor(pool._owner) == other).nonzero().flatten()])
+
+
 def test_growth_moves_nothing():
     pool = PagePool("cpu")
     cls = pool.class_of(LAYOUTS[0])

@@ -66,6 +66,22 @@ def test_a_padded_batch_keeps_what_single_prompts_keep(model):
 
 
 @pytest.mark.parametrize("tiers", [("exact",), ((8, 4), (4, 2))], ids=str)
+def test_what_was_pruned_is_given_back(model, tiers, monkeypatch):
+    """Pages move for it, and nothing else changes."""
+    config, ids = LeanKVConfig(tiers=tiers, keep_share=0.3, score="kvzip", window=8, flush=4), prompt(700, batch=4)
+    cache = reconstruct(model, ids, LeanKVCache(config))
+    with monkeypatch.context() as as_it_was:
+        as_it_was.setattr(LeanKVCache, "close_up", lambda self: None)
+        left = reconstruct(model, ids, LeanKVCache(config))
+    now, before = cache.report(), left.report()
+    assert now.physical_bytes < 0.8 * before.physical_bytes
+    for _ in range(3):
+        step = prompt(1, batch=4)
+        with torch.no_grad():
+            assert torch.equal(model(step, past_key_values=cache).logits, model(step, past_key_values=left).logits)
+
+
+@pytest.mark.parametrize("tiers", [("exact",), ((8, 4), (4, 2))], ids=str)
 def test_generate_goes_on_from_it(model, tiers):
     config = LeanKVConfig(tiers=tiers, keep_share=0.5, score="kvzip", window=8, flush=4)
     cache, ids = LeanKVCache(config), prompt(60)

@@ -81,7 +81,8 @@ def _panel(panel: Any, rows: list[Row], task: str) -> None:
             panel.annotate(row["method"], (row["share"], row[column]), **place, fontsize=6, color=INK[family])
     if task == TEXT:
         panel.set_yscale("log")
-        panel.invert_yaxis()
+        if not panel.yaxis_inverted():  # panels share it
+            panel.invert_yaxis()
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(NullFormatter())
     else:

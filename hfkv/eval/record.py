@@ -6,6 +6,7 @@ of them get the same keys and values. Recording them once spares every method it
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,10 @@ from hfkv.config import LeanKVConfig
 from hfkv.demo.measures import fill
 from hfkv.eval.eviction import ALL_QUERIES
 from hfkv.eval.forks import fork
+from hfkv.reconstruct import reconstruct
 
 RECORDED = "leankv_recorded"
 """The attention implementation that a model runs under while its prompt is recorded."""
-
-BYTE_QUERIES = 128
-"""Queries that score tokens where only bytes are asked for: they hardly depend on who is kept."""
 
 
 @dataclass
@@ -114,12 +113,19 @@ def observed(config: LeanKVConfig) -> int:
 
 
 @torch.no_grad()
-def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: torch.dtype | None = None) -> Cache:
-    """`cache` as the prompt leaves it.
+def filled(
+    model: PreTrainedModel,
+    recording: Recording,
+    cache: Cache,
+    dtype: torch.dtype | None = None,
+    queries: int = ALL_QUERIES,
+) -> Cache:
+    """`cache` as the prompt leaves it, after its second pass where it takes one (`hfkv.reconstruct`).
 
     Args:
         cache: an empty one.
         dtype: of the keys and values that it gets, where bytes are asked for in another one than the model's.
+        queries: the last ones that score tokens, at most.
 
     Raises:
         ValueError: a dtype is asked for and the model's layers cannot be replayed.
@@ -127,14 +133,23 @@ def filled(model: PreTrainedModel, recording: Recording, cache: Cache, dtype: to
     if not recording.replays:
         if dtype is not None and dtype != model.dtype:
             raise ValueError(f"prompts of {type(model).__name__} cannot be replayed in {dtype}: load it in {dtype}")
-        return fill(model, recording.ids, cache)
+        return _reconstructed(model, recording, fill(model, recording.ids, cache))
+    if dtype is not None and dtype != model.dtype and isinstance(cache, LeanKVCache) and cache.config.reconstructs:
+        twin: Any = copy.deepcopy(model)  # both passes are the model's own
+        return _reconstructed(twin.to(dtype), recording, cache)
     layers: list[Any] = recording.cache.layers
     for index, (layer, call) in enumerate(zip(layers, recording.calls, strict=True)):
         k, v = (x.to(dtype or x.dtype).clone() for x in (layer.keys, layer.values))
         handles = cache.update(k, v, index)
         if isinstance(cache, LeanKVCache):
-            config = cache.config.for_layer(index)
-            most = observed(config) if dtype is None else min(observed(config), BYTE_QUERIES)
-            queries = call.queries[:, :, -most:].to(k.dtype)
-            leankv_attention(call.module, queries, *handles, None, **call.options)
+            most = min(observed(cache.config.for_layer(index)), queries)
+            q = call.queries[:, :, -most:].to(k.dtype)
+            leankv_attention(call.module, q, *handles, None, **call.options)
+    return _reconstructed(model, recording, cache)
+
+
+def _reconstructed(model: PreTrainedModel, recording: Recording, cache: Cache) -> Cache:
+    """A cache after the second pass over the prompt, where its score needs one."""
+    if isinstance(cache, LeanKVCache) and cache.config.reconstructs:
+        reconstruct(model, torch.tensor([recording.ids], device=model.device), cache)
     return cache

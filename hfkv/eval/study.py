@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfkv.eval import tasks
@@ -22,6 +21,9 @@ from hfkv.eval.tasks import TASKS, TEXT, Making, Prompt
 
 GENERATED = 64
 """Greedy tokens of the exact cache that the task `text` compares the first divergence on."""
+
+BYTE_QUERIES = 128
+"""Queries that score tokens where only bytes are asked for: they hardly depend on who is kept."""
 
 BYTE_SAMPLES = 1
 """Prompts of a task and length on which bytes are measured: where they depend on the text at all, they do little."""
@@ -162,10 +164,11 @@ class Study:
             return {"physical": exact, "exact": exact}
         if not recording.replays:
             dtype, exact = self._model.dtype, physical_bytes(recording.cache)
-        return {"physical": physical_bytes(self._filled(recording, cell.method, dtype)), "exact": exact}
+        cache = cell.method.new_cache(self._model.config)
+        return {"physical": physical_bytes(filled(self._model, recording, cache, dtype, BYTE_QUERIES)), "exact": exact}
 
-    def _filled(self, recording: Recording, method: Method, dtype: torch.dtype | None = None) -> Any:
-        return filled(self._model, recording, method.new_cache(self._model.config), dtype)
+    def _filled(self, recording: Recording, method: Method) -> Any:
+        return filled(self._model, recording, method.new_cache(self._model.config))
 
     def _recording(self, cell: Cell, prompt: Prompt) -> Recording:
         """Of the prompt without a question; tasks that share their prompts share it."""

@@ -223,6 +223,31 @@ class PagePool:
                 self._unborn += arena.chunks
                 self._spare = [c for c in self._spare if c not in set(arena.chunks)]
 
+    def close_up(self, cls: int) -> tuple[Tensor, Tensor]:
+        """Move pages of the class into the free ones of as few chunks as hold them, so that `trim` finds empty ones.
+
+        Returns:
+            (old, new) ids int32 [n] of the pages that were moved; page tables must follow them.
+        """
+        page_class, free = self._classes[cls], self._free_ids(self._classes[cls])
+        own = [c for number in sorted(self._arenas) for c in self._arenas[number].chunks if self._owner[c] == cls]
+        kept = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
+        kept[own[: -(-(page_class.pages - page_class.free) // max(page_class.per_chunk, 1))]] = True
+        slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device)
+        chunks = torch.tensor(own, dtype=torch.int32, device=self.device)
+        every = ((chunks[:, None] << SLOT_BITS) | slots).flatten()
+        old = every[~kept[(every >> SLOT_BITS).long()] & ~torch.isin(every, free)]
+        inside = kept[(free >> SLOT_BITS).long()]
+        new, rest = free[inside][: old.numel()], free[inside][old.numel() :]
+        self.scatter(cls, new, self.gather(cls, old))
+        self._zero_metadata(cls, old)
+        if self.owners is not None:
+            self.owners.move(old, new)
+        self._used.index_add_(0, new >> SLOT_BITS, torch.ones_like(new))
+        self._used.index_add_(0, old >> SLOT_BITS, -torch.ones_like(old))
+        self._set_free_ids(page_class, torch.cat([rest, free[~inside], old]), page_class.ring.numel())
+        return old, new
+
     # ---- bytes ---------------------------------------------------------------------------------------------------
 
     def locate(self, cls: int, ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from hfkv.kernels.compaction import touched_pages
 from hfkv.paging.table import PageTable
 
 if TYPE_CHECKING:
+    from hfkv.paging.pool import PagePool
     from hfkv.paging.rows import PackedRows
 
 
@@ -38,6 +39,26 @@ def select_rows(rows: PackedRows, index: Tensor) -> None:
     if rows.basis.mean is not None:
         rows.basis.mean = rows.basis.mean[index]
     rows.changed()
+
+
+def close_up(pool: PagePool, parts: Sequence[PackedRows]) -> None:
+    """Move the pages of `parts`, all that there are in the pool, closer together and give back what is empty then.
+
+    Classes that are kept packed stay as they are.
+    """
+    if any(cls < 0 for rows in parts for cls in rows.classes):
+        return
+    for cls in {cls for rows in parts for cls in rows.classes}:
+        old, new = pool.close_up(cls)
+        old, order = old.sort()
+        for rows in parts:
+            for tier in (tier for tier, own in enumerate(rows.classes) if own == cls and old.numel()):
+                ids, row, index = rows.table.pages(tier, rows.page_counts(tier))
+                at = torch.searchsorted(old, ids).clamp(max=old.numel() - 1)
+                rows.table.write(tier, row, index, torch.where(old[at] == ids, new[order[at]], ids))
+    for rows in parts:
+        rows.changed()
+    pool.trim()
 
 
 def pages_once(rows: PackedRows, tier: int) -> tuple[Tensor, Tensor, Tensor]:
