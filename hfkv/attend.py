@@ -131,8 +131,7 @@ def joint_logits(past: Past, q: Tensor, call: Call, own: list[ExactKeys], in_win
     """
     heads, queries, window, fill = past.window.heads, q.shape[2], past.window, past.fill
     rows = head_rows(q, heads, call)
-    k = window.k[:, :, : fill.most].flatten(0, 1).float()
-    v = window.v[:, :, : fill.most].flatten(0, 1).float()
+    k, v = (x.flatten(0, 1)[:, : fill.most].float() for x in (window.k, window.v))
     bias = _spread(fill.bias(queries if in_window else 1), rows, queries, heads)
     exact = [exact_keys(rows, k, v, bias, call.softcap), *own]
     return join(past.work, rows, exact, call.softcap, sink_rows(q, heads, call))

@@ -111,8 +111,10 @@ class LayerTokens:
         layouts = self.packed.layouts
         exact = (layouts[0].key.dim + layouts[0].value.dim) * self.dtype.itemsize
         pool, layers = self.packed.pool, max(self.cache.layer_count or 1, 1)
-        idle = max(pool.chunk_bytes * len(layouts), pool.physical_bytes - pool.used_bytes)  # free pages of all layers
-        fixed = math.ceil((self.unpaged_bytes + idle / layers) / self.fill.batch)
+        chunk = pool.chunk_for(int((self.config.budget or 1.0) * exact * self.packed.rows * self.fill.seen))
+        idle = max(chunk * len(layouts), pool.physical_bytes - pool.used_bytes)  # free pages of all layers
+        ahead = self.packed.bytes_ahead(self.fill.seen)
+        fixed = math.ceil((self.unpaged_bytes + ahead + idle / layers) / self.fill.batch)
         return Costs(tuple(layout.token_bytes for layout in layouts), layouts[0].tokens, exact, fixed)
 
     @property

@@ -31,17 +31,19 @@ class PageBlock:
 
     Attributes:
         tier, layout: index of the tier, and its layout.
+        pages: how many there are, of all rows.
         row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `free` hides.
-        sources: (page-sized rows of an arena, row of each page int32, pages that lie there int64); the first source
-            names a row for all pages and has None as its pages, the others correct those that lie elsewhere.
+        sources: (page-sized rows of an arena, row of each page int32, their places among the block's pages: a stretch,
+            or int64), the later ones overriding the earlier.
         free: bool [r, 1, n], free slots among the last n of the block; None where all slots are filled.
         columns: first and last slot of the block among all packed slots of a row.
     """
 
     tier: int
     layout: PageLayout
+    pages: int
     row: Tensor | None
-    sources: tuple[tuple[Tensor, Tensor, Tensor | None], ...]
+    sources: tuple[tuple[Tensor, Tensor, slice | Tensor], ...]
     free: Tensor | None
     columns: tuple[int, int]
 
@@ -53,7 +55,7 @@ class PageBlock:
     @property
     def _own(self) -> list[Tensor]:
         own = [self.row, self.free, *(x for source in self.sources for x in source[1:])]
-        return [x for x in own if x is not None]
+        return [x for x in own if isinstance(x, Tensor)]
 
     @property
     def read(self) -> list[Tensor]:
@@ -62,11 +64,16 @@ class PageBlock:
 
     def gather(self) -> Tensor:
         """The block's bytes, uint8 [r * pages, page_bytes]."""
-        (rows, words, _), *others = self.sources
-        pages = rows.index_select(0, words)
-        for rows, words, where in others:
-            assert where is not None
-            pages.index_copy_(0, where, rows.index_select(0, words))
+        if len(self.sources) == 1:
+            rows, words, _ = self.sources[0]
+            return rows.index_select(0, words).view(torch.uint8)
+        width = self.layout.page_bytes // self.sources[0][0].element_size()
+        pages = self.sources[0][0].new_empty(self.pages, width)
+        for rows, words, places in self.sources:
+            if isinstance(places, slice):
+                torch.index_select(rows, 0, words, out=pages[places])
+            else:
+                pages.index_copy_(0, places, rows.index_select(0, words))
         return pages.view(torch.uint8)
 
     def of_rows(self, x: Tensor) -> Tensor:

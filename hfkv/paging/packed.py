@@ -43,6 +43,13 @@ class PackedLayer(PackedRows):
         work = 0 if self._work is None else self._work.nbytes
         return self.table.nbytes + mean + work + self.has_mean.nbytes
 
+    def bytes_ahead(self, tokens: int) -> int:
+        """Bytes beside pages that the first of `tokens` per row to be packed will add: mean keys, table, work list."""
+        if int(self.table.ids.numel()):
+            return 0
+        mean = 4 * self.rows * self.layouts[0].key.dim if self.shift and self.basis.mean is None else 0
+        return mean + 2 * 4 * self.rows * -(-tokens // self.layouts[0].tokens)
+
     def changed(self) -> None:
         self._work = None
 
@@ -86,7 +93,7 @@ class PackedLayer(PackedRows):
         last = torch.arange(min(max(int(filled.min()), 0), width), width, device=rows.device)
         free = last >= filled[:, None, None] if last.numel() else None
         sources = self.pool.sources(self.classes[tier], ids.flatten())
-        return PageBlock(tier, layout, row, sources, free, columns)
+        return PageBlock(tier, layout, ids.numel(), row, sources, free, columns)
 
     # ---- whole rows ------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,14 @@ WORD = 8
 CHUNK_RANGE = (32 << 10, 1 << 20)
 MIN_PAGES = 8
 CHUNK_GRANULE = 1 << 10
+STRETCH = 1.25
+"""Pages between the first and the last that are read from an arena together, per page that lies there."""
 ALIGNMENT = 16
 """Chunks and pages begin at multiples of 16 bytes, which one load of a kernel takes."""
+
+
+Source = tuple[Tensor, Tensor, slice | Tensor]
+"""Page-sized rows of an arena, the row of each page, and the places of these pages among all that are asked for."""
 
 
 class OutOfPages(RuntimeError):
@@ -266,17 +272,26 @@ class PagePool:
             found.append((self._rows(self._arenas[number].memory, layout), words[position], position))
         return found
 
-    def sources(self, cls: int, ids: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
-        """Where pages lie, for reading them again and again: per arena (rows, words int32, pages int64).
+    def sources(self, cls: int, ids: Tensor) -> tuple[Source, ...]:
+        """Where pages lie, for reading them again and again: per arena (rows, words int32, places).
 
-        The first source is the arena of most pages; it names a row for all of them, and its pages are None. The others
-        name those that lie elsewhere.
+        Places are a stretch of the pages, or int64 [n] where they do not lie next to each other. Of two sources with
+        the same place the later one has the page: a stretch may run over a few pages of others.
         """
         found = sorted(self.locate(cls, ids), key=lambda source: -source[2].numel())
-        rows, words, position = found[0]
-        every = torch.zeros(ids.numel(), dtype=torch.int32, device=self.device)
-        every[position] = words.int()
-        return ((rows, every, None), *((r, w.int(), p) for r, w, p in found[1:]))
+        covered = torch.zeros(ids.numel(), dtype=torch.bool)
+        stretches: list[Source] = []
+        others: list[Source] = []
+        for rows, words, position in found:
+            first, last = int(position[0]), int(position[-1]) + 1
+            if last - first > STRETCH * position.numel() or bool(covered[first:last].any()):
+                others.append((rows, words.int(), position))
+                continue
+            every = torch.zeros(last - first, dtype=torch.int32, device=self.device)
+            every[position - first] = words.int()
+            stretches.append((rows, every, slice(first, last)))
+            covered[first:last] = True
+        return (*stretches, *others)
 
     def gather(self, cls: int, ids: Tensor) -> Tensor:
         """Copies of pages: ids int32 [n] -> uint8 [n, page_bytes]."""
@@ -329,8 +344,10 @@ class PagePool:
 
     # ---- chunks --------------------------------------------------------------------------------------------------
 
-    def _choose_chunk(self, first_demand: int) -> None:
-        """Fix the chunk size: half of the first demand within limits, trimmed to what the classes fill best."""
+    def chunk_for(self, first_demand: int) -> int:
+        """Bytes of a chunk: as they are, or half of the first demand within limits, trimmed to fit the classes best."""
+        if self.chunk_bytes:
+            return self.chunk_bytes
         pages = [c.layout.page_bytes for c in self._classes]
         low, high = CHUNK_RANGE
         target = min(max(first_demand // 2, low), high)
@@ -338,11 +355,11 @@ class PagePool:
             target = min(target, self.max_bytes // 16)
         target = max(min(target, min(pages) << SLOT_BITS), MIN_PAGES * max(pages))
         candidates = range(target, target + max(target // 2, max(pages)) + 1, CHUNK_GRANULE)
-        self.chunk_bytes = (
-            min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size))
-            // ALIGNMENT
-            * ALIGNMENT
-        )
+        best = min(candidates, key=lambda size: (round(sum(size % p / size for p in pages), 3), size))
+        return best // ALIGNMENT * ALIGNMENT
+
+    def _choose_chunk(self, first_demand: int) -> None:
+        self.chunk_bytes = self.chunk_for(first_demand)
         for page_class in self._classes:
             page_class.per_chunk = min(self.chunk_bytes // page_class.layout.page_bytes, 1 << SLOT_BITS)
 

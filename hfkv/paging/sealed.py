@@ -183,7 +183,7 @@ class SealingPool(RoomPool):
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
     def sources(self, cls: int, ids: Tensor) -> tuple:
-        return super().sources(cls, ids) if cls >= 0 else ((SealedRows(self, cls), ids, None),)
+        return super().sources(cls, ids) if cls >= 0 else ((SealedRows(self, cls), ids, slice(0, ids.numel())),)
 
     def gather(self, cls: int, ids: Tensor) -> Tensor:
         if cls >= 0:
