@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.folding import Folding
-from hfkv.kernels.page_codes import Terms, code_products, widen_values
+from hfkv.kernels.page_codes import Scratch, Terms, code_products, widen_values
 from hfkv.quant import PageLayout
 
-BLOCK_TOKENS = 8192
-"""Tokens, of all rows together, whose keys or values are widened at once: so many stay in a processor's cache."""
+BLOCK_TOKENS = 32768
+"""Tokens, of all rows together, whose keys or values are widened at once."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class BlockValues:
     scale: Tensor | None
     zero: Tensor | None
 
-    def weighed(self, p: Tensor) -> Tensor:
+    def weighed(self, p: Tensor, scratch: Scratch) -> Tensor:
         """Sums by p [r, queries, pages * tokens] of codes and of their zeros -> [r, queries, columns]."""
         if self.scale is not None:
             p = p * self.scale
-        wide = widen_values(self.block.layout, self.pages, p.shape[0])
+        wide = widen_values(self.block.layout, self.pages, p.shape[0], scratch)
         sums = torch.bmm(p, wide.transpose(1, 2))
         if self.zero is not None:
             sums[..., -1:] = torch.bmm(p, self.zero.transpose(1, 2))
@@ -153,6 +153,7 @@ class JointLogits:
     values: list[BlockValues]
     exact: list[ExactKeys]
     work: WorkList
+    scratch: Scratch
 
     def attend(self) -> Tensor:
         """The attention output, float32 [rows, queries, value_dim]."""
@@ -173,7 +174,7 @@ class JointLogits:
         sums: dict[int, Tensor] = {}
         for held in self.values:
             block = held.block
-            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]))
+            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]), self.scratch)
             if block.row is not None:
                 part = part.new_zeros(p.shape[0], *part.shape[1:]).index_add_(0, block.row, part)
             sums[block.tier] = sums[block.tier].add_(part) if block.tier in sums else part
@@ -190,14 +191,15 @@ def join(work: WorkList, q: Tensor, exact: list[ExactKeys], softcap: float | Non
     """
     parts: list[Tensor] = []
     values: list[BlockValues] = []
+    scratch = Scratch(q.device)
     if work.blocks:
-        packed, values = _packed_logits(work, q, softcap)
+        packed, values = _packed_logits(work, q, softcap, scratch)
         parts.append(packed)
     parts += [keys.logits for keys in exact]
     if sinks is not None:
         parts.append(sinks[..., None])
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return JointLogits(logits, values, exact, work)
+    return JointLogits(logits, values, exact, work, scratch)
 
 
 def attention_received(p: Tensor, work: WorkList, groups: int) -> list[Tensor]:
@@ -225,7 +227,9 @@ def exact_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: fl
     return ExactKeys(logits if bias is None else logits.add_(bias), v)
 
 
-def _packed_logits(work: WorkList, q: Tensor, softcap: float | None) -> tuple[Tensor, list[BlockValues]]:
+def _packed_logits(
+    work: WorkList, q: Tensor, softcap: float | None, scratch: Scratch
+) -> tuple[Tensor, list[BlockValues]]:
     folding = work.folding
     folded = torch.mm(q.flatten(0, 1), folding.queries).view(*q.shape[:2], -1)
     total, constant = folded[..., folding.total], None
@@ -236,7 +240,7 @@ def _packed_logits(work: WorkList, q: Tensor, softcap: float | None) -> tuple[Te
     for block in work.blocks:
         own = folded[..., folding.keys[block.tier]]
         added = None if constant is None else block.of_rows(constant)
-        logits, held = _block_logits(block, block.of_rows(own), block.of_rows(total), added, softcap)
+        logits, held = _block_logits(block, block.of_rows(own), block.of_rows(total), added, softcap, scratch)
         parts.append(logits)
         values.append(held)
     if all(block.row is None for block in work.blocks):
@@ -250,7 +254,7 @@ def _packed_logits(work: WorkList, q: Tensor, softcap: float | None) -> tuple[Te
 
 
 def _block_logits(
-    block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None, softcap: float | None
+    block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None, softcap: float | None, scratch: Scratch
 ) -> tuple[Tensor, BlockValues]:
     """Logits [r, queries, pages * tokens], -inf in free slots.
 
@@ -259,7 +263,7 @@ def _block_logits(
         constant: [r, queries, 1], added to every logit, or None.
     """
     layout, pages, rows = block.layout, block.gather(), q.shape[0]
-    logits = code_products(layout, pages, q)
+    logits = code_products(layout, pages, q, scratch)
     terms = Terms.of(layout, pages, rows)
     if terms.ks is not None:
         if isinstance(terms.kz, Tensor):

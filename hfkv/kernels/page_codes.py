@@ -6,6 +6,8 @@ where they lie contiguous in a page: strided operations on single vectors cost a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,20 @@ from hfkv.quant import PageLayout, affine_terms, scale_from_code
 
 NARROW = 32
 """Fields of fewer features are put side by side before they are multiplied, wider ones are not moved."""
+
+
+class Scratch:
+    """Memory in which one block's codes after the other's are widened: what was just read is still in the cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._floats = torch.empty(0, device=device)
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """float32 of this shape, of any content; the next call may take the same memory."""
+        count = math.prod(shape)
+        if self._floats.numel() < count:
+            self._floats = torch.empty(count, device=self._floats.device)
+        return self._floats[:count].view(*shape)
 
 
 @dataclass(slots=True)
@@ -59,7 +75,7 @@ def _side_terms(layout: PageLayout, pages: Tensor, rows: int, side: str) -> tupl
     return s.reshape(rows, 1, -1), z.reshape(rows, 1, -1) if isinstance(z, Tensor) else z
 
 
-def code_products(layout: PageLayout, pages: Tensor, q: Tensor) -> Tensor:
+def code_products(layout: PageLayout, pages: Tensor, q: Tensor, scratch: Scratch) -> Tensor:
     """Products of q [r, queries, columns] with the keys' codes (numbers of exact tiers): [r, queries, slots]."""
     stored, products, column = layout.view(pages, "key"), None, 0  # [n, tokens, rows]
     for first, width, bits in layout.key.planes:
@@ -68,7 +84,7 @@ def code_products(layout: PageLayout, pages: Tensor, q: Tensor) -> Tensor:
             codes = codes.view(torch.int8)
         if width < NARROW:
             codes = codes.movedim(0, 2).flatten(2)[None]  # [1, n, tokens, fields * width]
-        wide = codes.float().reshape(codes.shape[0], q.shape[0], -1, codes.shape[-1])
+        wide = scratch.take(codes.shape).copy_(codes).view(codes.shape[0], q.shape[0], -1, codes.shape[-1])
         for field in wide.transpose(2, 3).unbind():
             own, column = q[..., column : column + field.shape[1]], column + field.shape[1]
             products = torch.bmm(own, field) if products is None else products.baddbmm_(own, field)
@@ -76,14 +92,14 @@ def code_products(layout: PageLayout, pages: Tensor, q: Tensor) -> Tensor:
     return products
 
 
-def widen_values(layout: PageLayout, pages: Tensor, rows: int) -> Tensor:
+def widen_values(layout: PageLayout, pages: Tensor, rows: int, scratch: Scratch) -> Tensor:
     """The values' codes (numbers of exact tiers), float32 [rows, columns, slots].
 
     Codes have one column more: their zeros, where those are bytes, or else ones.
     """
     codec, stored, column = layout.value, layout.view(pages, "value"), 0  # [n, bytes, tokens]
     shape = (rows, codec.columns + (1 if codec.bits else 0), pages.shape[0] // rows, layout.tokens)
-    wide = torch.empty(shape, device=pages.device)
+    wide = scratch.take(shape)
     for first, width, bits in codec.planes:
         codes = spread_plane(stored[:, first : first + width], bits)  # [fields, n, width, tokens]
         part = wide[:, column : column + codes.shape[0] * width].unflatten(1, (-1, width))
