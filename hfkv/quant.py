@@ -257,9 +257,9 @@ def pack_codes(levels: Tensor, codec: Codec) -> Tensor:
     if codec.padded != codec.dim:
         levels = torch.nn.functional.pad(levels, (0, codec.padded - codec.dim))
     planes, shift = [], 0
-    for bits in PLANES[codec.bits]:
+    for _, width, bits in codec.planes:
         plane = (levels >> shift) & (2**bits - 1)
-        packed = torch.zeros_like(plane[:, : codec.padded * bits // 8])
+        packed = torch.zeros_like(plane[:, :width])
         for i, part in enumerate(plane.chunk(8 // bits, -1)):
             packed |= part << (i * bits)
         planes.append(packed)
@@ -269,15 +269,26 @@ def pack_codes(levels: Tensor, codec: Codec) -> Tensor:
 
 def unpack_codes(packed: Tensor, codec: Codec) -> Tensor:
     """Bytes uint8 [n, rows] -> codes uint8 [n, dim]."""
-    levels, shift, start = None, 0, 0
-    for bits in PLANES[codec.bits]:
-        width = codec.padded * bits // 8
-        plane = packed[:, start : start + width]
-        part = torch.cat([(plane >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)], -1)
+    levels, shift = None, 0
+    for first, width, bits in codec.planes:
+        part = spread_plane(packed[:, first : first + width], bits).movedim(0, 1).flatten(1)
         levels = part if levels is None else levels | (part << shift)
-        shift, start = shift + bits, start + width
+        shift += bits
     assert levels is not None
     return levels[:, : codec.dim]
+
+
+def spread_plane(stored: Tensor, bits: int) -> Tensor:
+    """Bytes of a plane, uint8 [...] -> the codes in each of their fields, [8 / bits, ...]; 0 bits: `stored` itself."""
+    if bits in (0, 8):
+        return stored[None]
+    fields = torch.empty(8 // bits, *stored.shape, dtype=torch.uint8, device=stored.device)
+    torch.bitwise_and(stored, 2**bits - 1, out=fields[0])
+    for i in range(1, fields.shape[0]):
+        torch.bitwise_right_shift(stored, i * bits, out=fields[i])
+    if bits < 4:
+        fields[1:-1].bitwise_and_(2**bits - 1)  # nothing is left above the last
+    return fields
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from measured import measured_and_real
 from tiny import SIZES as TINY
 from tiny import byte_tokenizer, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -58,12 +59,8 @@ def calibrated(**target: float):
 @pytest.mark.parametrize("option", [Option((4, 2)), Option((4, 2), 0.1), Option((3, 4), 0.03), Option((8, 3))], ids=str)
 @pytest.mark.parametrize("basis", [Basis(), Basis((False, True), (True, False), False)], ids=["default", "other"])
 def test_a_measurement_is_what_the_real_cache_does(option, basis):
-    one = record()
-    config = config_of(LeanKVConfig(), dict.fromkeys(one.layers, option), dict.fromkeys(one.layers, basis), None)
-    held = filled(tiny(), one.prompt, config)
-    real = divergence(one.reference, behind(tiny(), one.prompt, held))
-    sides = [option.coding(side, basis) for side in ("key", "value")]
-    assert one.divergence(dict.fromkeys(one.layers, sides)) == pytest.approx(real, rel=0.01)
+    measured, real = measured_and_real(tiny(), record(), option, basis)
+    assert measured == pytest.approx(real, rel=0.01)
     assert real > 1e-6
 
 
@@ -73,11 +70,8 @@ def test_only_layers_that_are_compressed_are_measured():
     model = Gemma2ForCausalLM(Gemma2Config(**sizes)).eval()  # every other layer slides; softcap
     one = Recording(model, prompt(), LeanKVConfig())
     assert one.layers == [1, 3]
-    option = Option((4, 2), 0.03)
-    config = config_of(LeanKVConfig(), dict.fromkeys(one.layers, option), dict.fromkeys(one.layers, Basis()), None)
-    real = divergence(one.reference, behind(model, one.prompt, filled(model, one.prompt, config)))
-    sides = [option.coding(side, Basis()) for side in ("key", "value")]
-    assert one.divergence(dict.fromkeys(one.layers, sides)) == pytest.approx(real, rel=0.02)
+    measured, real = measured_and_real(model, one, Option((4, 2), 0.03), Basis())
+    assert measured == pytest.approx(real, rel=0.02)
     assert calibrate(model, [prompt()], ratio=0.6).reached
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import measured_and_real
 from tiny import byte_tokenizer, tiny_llama
 
 from hfkv import LeanKVConfig, Packed, cli
@@ -18,7 +19,7 @@ from hfkv.calibrate.choose import compared
 from hfkv.calibrate.options import SHARES, Basis, Option, Packs, Sizes, config_of
 from hfkv.calibrate.packs import PackSizes, packed_options, undominated
 from hfkv.calibrate.plan import Planner
-from hfkv.calibrate.recording import Recording, behind, divergence, filled
+from hfkv.calibrate.recording import Recording, filled
 from hfkv.calibrate.result import LayerResult, Packing
 from hfkv.kernels.sealing import ADDRESS, PACKS, bytes_per_token
 from hfkv.packing import BLOCK, WORD
@@ -76,13 +77,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option} {option.tier.repack}")
 def test_a_measurement_is_what_the_real_cache_does(option):
-    one = records()[0]
     for basis in (Basis(), PLANE):
-        config = config_of(LeanKVConfig(), dict.fromkeys(one.layers, option), dict.fromkeys(one.layers, basis), None)
-        held = filled(tiny(), one.prompt, config)
-        real = divergence(one.reference, behind(tiny(), one.prompt, held))
-        sides = [option.coding(side, basis) for side in ("key", "value")]
-        assert one.divergence(dict.fromkeys(one.layers, sides)) == pytest.approx(real, rel=0.01)
+        alone, real = measured_and_real(tiny(), records()[0], option, basis)
+        assert alone == pytest.approx(real, rel=0.01)
         assert real > 1e-6
 
 

@@ -19,8 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import softmax_attention
-from tiny import TEMPLATE, byte_tokenizer
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import TEMPLATE, byte_tokenizer, tiny_llama
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from hfkv import LeanKVCache, LeanKVConfig, cli
 from hfkv.inspection import examine, make_page
@@ -37,23 +37,10 @@ NASTY = (
 )
 
 
-@cache
 def tiny_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=48,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=16,
-        initializer_range=0.3,
-        max_position_embeddings=600,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM._from_config(config, attn_implementation="leankv").eval()
+    heads = dict(num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=16)
+    sizes = dict(hidden_size=48, intermediate_size=48, max_position_embeddings=600)
+    return tiny_llama(**heads, **sizes, initializer_range=0.3)
 
 
 @cache

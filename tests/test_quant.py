@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from hfkv.config import BITS
 from hfkv.kernels.compaction import clear, put, take
 from hfkv.kernels.folding import planes_together
-from hfkv.kernels.page_codes import spread_plane
 from hfkv.kernels.quantize_pack import code_tokens, unpack_tokens
-from hfkv.quant import Codec, PageLayout, decode, encode, pack_codes, rotation, unpack_codes
+from hfkv.quant import Codec, PageLayout, decode, encode, pack_codes, rotation, spread_plane, unpack_codes
 
 TIERS = [(k, v) for k in BITS for v in BITS]
 

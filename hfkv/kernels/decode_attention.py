@@ -13,6 +13,7 @@ values) is folded into one matrix before and one after (`hfkv.kernels.folding`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from hfkv.kernels.folding import Folding
 from hfkv.kernels.page_codes import Scratch, Terms, code_products, widen_values
 from hfkv.quant import PageLayout
+
+if TYPE_CHECKING:
+    from hfkv.paging.pool import Source
 
 BLOCK_TOKENS = 32768
 """Tokens, of all rows together, whose keys or values are widened at once."""
@@ -33,8 +37,7 @@ class PageBlock:
         tier, layout: index of the tier, and its layout.
         pages: how many there are, of all rows.
         row: int64 [r], the rows; None for all. Rows that end earlier repeat a page, which `free` hides.
-        sources: (page-sized rows of an arena, row of each page int32, their places among the block's pages: a stretch,
-            or int64), the later ones overriding the earlier.
+        sources: where the pages lie, the later ones overriding the earlier.
         free: bool [r, 1, n], free slots among the last n of the block; None where all slots are filled.
         columns: first and last slot of the block among all packed slots of a row.
     """
@@ -43,7 +46,7 @@ class PageBlock:
     layout: PageLayout
     pages: int
     row: Tensor | None
-    sources: tuple[tuple[Tensor, Tensor, slice | Tensor], ...]
+    sources: tuple[Source, ...]
     free: Tensor | None
     columns: tuple[int, int]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfkv.quant import PageLayout, affine_terms, scale_from_code
+from hfkv.quant import PageLayout, affine_terms, scale_from_code, spread_plane
 
 NARROW = 32
 """Fields of fewer features are put side by side before they are multiplied, wider ones are not moved."""
@@ -108,16 +108,3 @@ def widen_values(layout: PageLayout, pages: Tensor, rows: int, scratch: Scratch)
     if codec.bits:
         wide[:, -1] = layout.view(pages, "value_zero").unflatten(0, (rows, -1)) if codec.zero_bytes == 1 else 1
     return wide.flatten(2)
-
-
-def spread_plane(stored: Tensor, bits: int) -> Tensor:
-    """Bytes of a plane, uint8 [...] -> the codes in each of their fields, [8 / bits, ...]; 0 bits: `stored` itself."""
-    if bits in (0, 8):
-        return stored[None]
-    fields = torch.empty(8 // bits, *stored.shape, dtype=torch.uint8, device=stored.device)
-    torch.bitwise_and(stored, 2**bits - 1, out=fields[0])
-    for i in range(1, fields.shape[0]):
-        torch.bitwise_right_shift(stored, i * bits, out=fields[i])
-    if bits < 4:
-        fields[1:-1].bitwise_and_(2**bits - 1)  # nothing is left above the last
-    return fields
