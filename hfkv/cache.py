@@ -72,6 +72,7 @@ class LeanKVCache(LazyLinearLayers):
         self._pools: dict[torch.device, PagePool] = {}
         self.native_layers: tuple[Any, list[Any]] | None = None
         self._recording = False
+        self.compiled = False
         self._start()
 
     def __deepcopy__(self, memo: dict) -> LeanKVCache:
@@ -153,6 +154,12 @@ class LeanKVCache(LazyLinearLayers):
     def compressed(self) -> list[LayerTokens]:
         """What the compressing layers hold, in their order."""
         return [layer.tokens for layer in self.lean_layers if layer.tokens is not None]
+
+    def compile_loops(self) -> None:
+        """Have layers on the CPU read codes by compiled loops from now on; see `hfkv.compile_decode`."""
+        self.compiled = True
+        for tokens in self.compressed:
+            tokens.choose_kernels()
 
     def _must_flush(self, new: int) -> bool:
         """Whether `new` tokens need the windows emptied first: a step would overflow one, or a prompt left work."""

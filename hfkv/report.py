@@ -68,7 +68,7 @@ class Report:
         workspace_bytes: buffers of a step, which all layers of a device share, and those of a recorded step.
         tokens: logical tokens per sequence.
         layers: one `LayerReport` each.
-        backend: what runs the kernels, `triton` or `torch`; `none` before the first prompt.
+        backend: what runs the kernels, `triton`, `torch` or `inductor`; `none` before the first prompt.
         shared_bytes: what pages that sequences share would take beside `physical_bytes`, had each sequence its own.
     """
 

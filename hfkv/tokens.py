@@ -76,8 +76,8 @@ class LayerTokens:
             for tier in config.tiers
         ]
         basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)
-        self.kernels = kernels_for(self.device, layouts, dtype, cache.workspaces)
         self.packed = PackedLayer(pool, layouts, batch * heads, basis, bool(config.shift_keys))
+        self.choose_kernels()
         self.window = Window.like(chunk.k, chunk.v, config.window + config.flush)
         self.queries = KeptQueries(config.flush)
         self.fill = cache.fills.empty(batch, self.device)
@@ -88,6 +88,11 @@ class LayerTokens:
     def bind(self, cache: LeanKVCache) -> None:
         """Belong to this cache, by a weak reference."""
         self._cache = weakref.ref(cache)
+
+    def choose_kernels(self) -> None:
+        """Run what the cache's device and `hfkv.compile_decode` ask for."""
+        cache = self.cache
+        self.kernels = kernels_for(self.device, self.packed.layouts, self.dtype, cache.workspaces, cache.compiled)
 
     @property
     def cache(self) -> LeanKVCache:

@@ -187,8 +187,10 @@ def test_copies_and_pickles():
 
 def test_what_it_needs_is_said():
     model = llama()
-    with pytest.raises(ValueError, match=r"one CUDA device, and this one is on cpu"):
+    model.model.embed_tokens.to("meta")
+    with pytest.raises(ValueError, match=r"the CPU or on one CUDA device, and this one is on cpu, meta"):
         hfkv.compile_decode(model)
+    model = llama()
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"leankv.*'sdpa'.*hfkv\.enable"):
         hfkv.compile_decode(model)

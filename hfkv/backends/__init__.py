@@ -1,4 +1,4 @@
-"""What a layer asks of its kernels, in two forms with one meaning: plain torch (`plain`) and Triton (`fused`)."""
+"""What a layer asks of its kernels, in forms of one meaning: torch (`plain`, `compiled`) and Triton (`fused`)."""
 
 from hfkv.backends.select import choose, kernels_for
 

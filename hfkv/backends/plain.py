@@ -141,7 +141,6 @@ class PlainKernels:
 
     view = staticmethod(PackedLayer.work)
     attend_own = staticmethod(attend_own)
-    attend_step = staticmethod(attend_step)
     begin_step = staticmethod(begin_step)
     append_step = staticmethod(append_step)
     attend_chunk = staticmethod(attend_chunk)
@@ -151,6 +150,10 @@ class PlainKernels:
     apply = staticmethod(PackedRows.apply)
     crush_distances = staticmethod(kvcrush.crush_distances)
     elect = staticmethod(kvcrush.elect)
+
+    @staticmethod
+    def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
+        return attend_step(past, q, call)
 
     @staticmethod
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -1,6 +1,6 @@
-"""Which kernels a layer runs: Triton's on a CUDA device, else their plain-torch twins.
+"""Which kernels a layer runs: Triton's on a CUDA device, else their plain-torch twins, compiled on the CPU if asked to.
 
-`HFKV_BACKEND=torch` or `triton` forces one; `auto` or nothing leaves the choice to `choose`.
+`HFKV_BACKEND=torch`, `triton` or `inductor` forces one; `auto` or nothing leaves the choice to `choose`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from hfkv.backends.compiled import CompiledKernels, require_compiler
 from hfkv.backends.plain import Kernels, PlainKernels
 from hfkv.quant import PageLayout
 
@@ -26,15 +27,22 @@ OLDEST_TRITON = "3.4"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype) -> str:
-    """`triton` or `torch`, for layers of these layouts in the model's dtype.
+def choose(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype, compiled: bool = False) -> str:
+    """`triton`, `torch` or `inductor`, for layers of these layouts in the model's dtype.
+
+    Args:
+        compiled: whether decode steps on the CPU are to be compiled (`hfkv.compile_decode`).
 
     Raises:
-        ValueError: `HFKV_BACKEND` names something else, or forces Triton where it cannot run.
+        ValueError: `HFKV_BACKEND` names something else, or forces what cannot run here.
     """
     wanted = os.environ.get(VARIABLE, "auto").lower()
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"{VARIABLE}={wanted!r}: use 'triton', 'torch' or 'auto'")
+    if wanted not in ("auto", "torch", "triton", "inductor"):
+        raise ValueError(f"{VARIABLE}={wanted!r}: use 'triton', 'torch', 'inductor' or 'auto'")
+    if wanted == "inductor" and device.type != "cpu":
+        raise ValueError(f"{VARIABLE}=inductor is for the CPU, and the cache is on {device}: unset it")
+    if wanted == "inductor" or (wanted == "auto" and compiled and device.type == "cpu"):
+        return "inductor"
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return "torch"
     reason = _obstacle(device, layouts, dtype)
@@ -81,11 +89,19 @@ def _say_once(reason: str) -> None:
 
 
 def kernels_for(
-    device: torch.device, layouts: list[PageLayout], dtype: torch.dtype, spaces: dict[torch.device, Any]
+    device: torch.device,
+    layouts: list[PageLayout],
+    dtype: torch.dtype,
+    spaces: dict[torch.device, Any],
+    compiled: bool = False,
 ) -> Kernels:
-    """The kernels of a new layer; `spaces` holds the workspaces that the layers of a cache share, one per device."""
-    if choose(device, layouts, dtype) == "torch":
+    """The kernels of a layer; `spaces` holds the workspaces that the layers of a cache share, one per device."""
+    chosen = choose(device, layouts, dtype, compiled)
+    if chosen == "torch":
         return PlainKernels()
+    if chosen == "inductor":
+        require_compiler()
+        return CompiledKernels()
     from hfkv.backends.fused import FusedKernels  # here and not above: these import triton
     from hfkv.backends.packs import PackKernels
 

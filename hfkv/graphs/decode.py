@@ -1,4 +1,4 @@
-"""`hfkv.compile_decode(model)`: decode steps as CUDA graphs, with everything else as it was."""
+"""`hfkv.compile_decode(model)`: decode steps as CUDA graphs, everything else as it was; `host` has the CPU's part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from hfkv.attention import NAME
+from hfkv.backends.compiled import require_compiler
 from hfkv.cache import LeanKVCache
+from hfkv.graphs.host import HostDecode
 from hfkv.graphs.step import DecodeStep, Recorder, Request
 from hfkv.layer import LeanKVLayer
 
@@ -217,20 +219,26 @@ class CompiledDecode:
 
 
 def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
-    """Run a model's decode steps with a LeanKVCache as CUDA graphs, by themselves in `generate`; returns the model.
+    """Compile a model's decode steps with a LeanKVCache, by themselves in `generate`; returns the model.
 
         model = hfkv.compile_decode(hfkv.enable(model))
         model.generate(**inputs)
         print(hfkv.decode_report(model))
 
-    A cache's first two decode steps warm up, the third is captured, the rest are replays; a flush in between renews
-    what they read, and a page table that grows is captured anew. Prompts, several tokens at once and whatever else does
-    not fit run as always; `decode_report` says why. A model whose step waits for the device is left as it was, with one
-    warning. `hfkv.disable(model)` undoes it. Call it again after adapters or weights have been exchanged.
+    On a GPU steps become CUDA graphs. A cache's first two decode steps warm up, the third is captured, the rest are
+    replays; a flush in between renews what they read, and a page table that grows is captured anew. Prompts, several
+    tokens at once and whatever else does not fit run as always; `decode_report` says why. A model whose step waits for
+    the device is left as it was, with one warning.
+
+    On the CPU attention reads packed codes by loops that `torch.compile` makes, once per page layout and for good; the
+    first step waits some seconds for its C++ compiler.
+
+    `hfkv.disable(model)` undoes it. Call it again after adapters or weights have been exchanged.
 
     Raises:
         TypeError: not a model of transformers that generates.
-        ValueError: another attention implementation, an encoder-decoder, or not all on one CUDA device.
+        ValueError: another attention implementation, an encoder-decoder, not all on the CPU or on one CUDA device, or
+            on the CPU and without a C++ compiler.
     """
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise TypeError(
@@ -246,10 +254,15 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
             f"hfkv.enable(model) or model.set_attn_implementation({NAME!r}) first"
         )
     devices = sorted({str(x.device) for x in model.parameters()})
+    if devices == ["cpu"]:
+        require_compiler()
+        remove(model)
+        _install(model, HostDecode({name: model.__dict__[name] for name in (_FORWARD,) if name in model.__dict__}))
+        return model
     if len(devices) != 1 or not devices[0].startswith("cuda"):
         raise ValueError(
-            f"compile_decode needs a model on one CUDA device, and this one is on {', '.join(devices) or 'none'}: move "
-            'it with model.to("cuda")'
+            f"compile_decode needs a model on the CPU or on one CUDA device, and this one is on "
+            f"{', '.join(devices) or 'none'}: move it with model.to(...)"
         )
     from hfkv.graphs.device import CudaGraph
 
@@ -257,16 +270,20 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def install(model: PreTrainedModel, recorder: Recorder) -> PreTrainedModel:
-    """`compile_decode` without its checks, with another recorder."""
+    """`compile_decode` by graphs without its checks, with another recorder."""
     remove(model)
     before = {name: model.__dict__[name] for name in (_FORWARD, _GROW) if name in model.__dict__}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
-    model.__dict__[_STATE] = CompiledDecode(text, takes_positions, recorder, before)
-    model.__dict__[_FORWARD] = types.MethodType(_wrapped(type(model).forward), model)
+    _install(model, CompiledDecode(text, takes_positions, recorder, before))
     if getattr(type(model), _GROW) is getattr(GenerationMixin, _GROW) and _GROW not in before:
         model.__dict__[_GROW] = types.MethodType(_grow, model)
     return model
+
+
+def _install(model: PreTrainedModel, state: CompiledDecode | HostDecode) -> None:
+    model.__dict__[_STATE] = state
+    model.__dict__[_FORWARD] = types.MethodType(_wrapped(type(model).forward), model)
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -284,9 +301,11 @@ def decode_report(model: PreTrainedModel) -> DecodeReport:
     Raises:
         ValueError: `compile_decode` was not called for the model.
     """
-    state: CompiledDecode | None = model.__dict__.get(_STATE)
+    state: CompiledDecode | HostDecode | None = model.__dict__.get(_STATE)
     if state is None:
         raise ValueError(f"decode_report needs hfkv.compile_decode(model) first, on this {type(model).__name__}")
+    if isinstance(state, HostDecode):
+        return DecodeReport(0, 0, 0, state.eager)
     return DecodeReport(state.captured, state.replayed, state.warmed, dict(state.eager))
 
 

@@ -1,0 +1,41 @@
+"""`hfkv.compile_decode(model)` on the CPU, where nothing is captured: caches read their codes by compiled loops."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+
+from hfkv.cache import LeanKVCache
+
+NOT_CAPTURED = "on the CPU no step is captured: attention reads packed codes by compiled loops"
+
+
+class HostDecode:
+    """What a model's forward does under `compile_decode` on the CPU.
+
+    Args:
+        before: what the model had as its own `forward`, by name.
+
+    Attributes:
+        forwards: calls with a LeanKVCache so far.
+    """
+
+    def __init__(self, before: dict[str, Any]) -> None:
+        self.before, self.forwards = before, 0
+
+    def forward(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The model's forward; a LeanKVCache that comes by reads its codes by loops from then on."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, LeanKVCache) and not torch.compiler.is_compiling():
+            self.forwards += 1
+            if not cache.compiled:
+                cache.compile_loops()
+        own = self.before.get("forward")
+        return (types.MethodType(type(model).forward, model) if own is None else own)(*args, **kwargs)
+
+    @property
+    def eager(self) -> dict[str, int]:
+        """Forwards that were not captured, by reason."""
+        return {NOT_CAPTURED: self.forwards} if self.forwards else {}
