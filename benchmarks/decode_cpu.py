@@ -23,9 +23,16 @@ from dataclasses import dataclass, field
 import torch
 from rows import RESULTS, merge_csv
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel, QuantizedCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    QuantizedCache,
+)
 
-from hfkv import LeanKVCache, LeanKVConfig
+from hfkv import LeanKVCache, LeanKVConfig, compile_decode
 from hfkv.bench.timing import peak_above
 from hfkv.demo import smollm2
 from hfkv.demo.measures import fill
@@ -34,9 +41,9 @@ from hfkv.demo.texts import continuations
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache to time: how to make it, the attention it runs under, and the package it needs."""
+    """A cache to time: how to make it, the model it runs with (a name of MODELS), and the package it needs."""
 
-    attention: str
+    model: str
     new_cache: Callable[[PretrainedConfig], Cache]
     package: str = "torch"
 
@@ -46,9 +53,11 @@ class Kind:
         return importlib.util.find_spec(top) is not None and importlib.util.find_spec(self.package) is not None
 
 
-def _lean(preset: str) -> Kind:
-    return Kind("leankv", lambda _: LeanKVCache(LeanKVConfig.preset(preset)))
+def _lean(preset: str, model: str = "leankv") -> Kind:
+    return Kind(model, lambda _: LeanKVCache(LeanKVConfig.preset(preset)))
 
+
+MODELS = ("sdpa", "leankv", "leankv, compile_decode")
 
 REFERENCE = "DynamicCache, sdpa"
 KINDS = {
@@ -57,9 +66,18 @@ KINDS = {
     "k8v4": _lean("k8v4"),
     "balanced": _lean("balanced"),
     "aggressive": _lean("aggressive"),
+    "k8v4, compile_decode": _lean("k8v4", "leankv, compile_decode"),
+    "balanced, compile_decode": _lean("balanced", "leankv, compile_decode"),
+    "aggressive, compile_decode": _lean("aggressive", "leankv, compile_decode"),
     "QuantizedCache, quanto 4 bit": Kind("sdpa", lambda c: QuantizedCache("quanto", c, nbits=4), "optimum.quanto"),
     "QuantizedCache, hqq 4 bit": Kind("sdpa", lambda c: QuantizedCache("hqq", c, nbits=4), "hqq"),
 }
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """One of MODELS."""
+    model, tokenizer = smollm2.load(dtype=torch.float32, attn_implementation=name.split(",")[0])
+    return (compile_decode(model) if name.endswith("compile_decode") else model), tokenizer
 
 
 @dataclass
@@ -76,7 +94,7 @@ def time_prompts(
     """Fill every cache `repeats` times in turn; the last fillings are kept."""
     times, caches = {name: Times() for name in names}, {}
     for name in tqdm(names * repeats, desc=f"{len(ids)} tokens, prompts"):
-        model = models[KINDS[name].attention]
+        model = models[KINDS[name].model]
         cache = KINDS[name].new_cache(model.config)
         start = time.perf_counter()
         caches[name] = fill(model, ids, cache)
@@ -93,7 +111,7 @@ def time_steps(
         step = torch.tensor([[token]])
         for name, cache in caches.items():
             start = time.perf_counter()
-            models[KINDS[name].attention](step, past_key_values=cache)
+            models[KINDS[name].model](step, past_key_values=cache)
             if number >= 2:
                 times[name].steps.append(time.perf_counter() - start)
 
@@ -109,7 +127,7 @@ def prompt_peak(name: str, tokens: int, threads: int) -> int:
 def measure_peak(name: str, tokens: int) -> int:
     """What the fresh process does."""
     kind = KINDS[name]
-    model, tokenizer = smollm2.load(dtype=torch.float32, attn_implementation=kind.attention)
+    model, tokenizer = load(kind.model)
     ids = next(continuations(tokenizer, tokens, 1, seed=0)).context
     fill(model, ids[:64], DynamicCache())  # what any first forward allocates for good
     held: list[Cache] = []  # alive until the mark is read
@@ -143,21 +161,22 @@ def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, int]) -> 
 
 def main() -> None:
     args = _arguments()
+    args.caches = list(dict.fromkeys([REFERENCE, *args.caches]))
     torch.set_num_threads(args.threads)
     if args.peak_of:
         print(measure_peak(args.peak_of, args.lengths[0]))
         return
-    for name in (name for name, kind in KINDS.items() if not kind.available):
+    for name in (name for name in args.caches if not KINDS[name].available):
         print(f"{name} is left out: package {KINDS[name].package} is not installed")
-    names = [name for name, kind in KINDS.items() if kind.available]
-    models = {
-        attention: smollm2.load(dtype=torch.float32, attn_implementation=attention)[0]
-        for attention in ("sdpa", "leankv")
-    }
+    names = [name for name in args.caches if KINDS[name].available]
+    models = {name: load(name)[0] for name in MODELS if any(KINDS[cache].model == name for cache in names)}
     tokenizer = smollm2.load(dtype=torch.float32)[1]
     for tokens in args.lengths:
         text = next(continuations(tokenizer, tokens, args.steps + 2, seed=0))
-        peaks = {name: prompt_peak(name, tokens, args.threads) for name in tqdm(names, desc=f"{tokens} tokens, peaks")}
+        measured = [] if args.no_peaks else names
+        peaks = {
+            name: prompt_peak(name, tokens, args.threads) for name in tqdm(measured, desc=f"{tokens} tokens, peaks")
+        }
         times, caches = time_prompts(models, names, text.context, args.prompt_repeats)
         time_steps(models, caches, text.following, times)
         merge_csv(RESULTS / "decode_cpu.csv", result_rows(tokens, times, peaks), by=("cache", "tokens"))
@@ -168,6 +187,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 7000], help="cached tokens")
     parser.add_argument("--steps", type=int, default=64, help="decode steps per cache and length")
+    parser.add_argument(
+        "--caches", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="NAME", help="only these"
+    )
+    parser.add_argument("--no-peaks", action="store_true", help="leave the prompt's peak memory out")
     parser.add_argument("--prompt-repeats", type=int, default=2, help="the fastest counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", choices=list(KINDS), help=argparse.SUPPRESS)

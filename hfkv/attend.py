@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
-from hfkv.kernels.decode_attention import ExactKeys, JointLogits, Read, WorkList, exact_keys, hidden_bias, join
+from hfkv.kernels.decode_attention import ExactKeys, JointLogits, WorkList, exact_keys, hidden_bias, join
 from hfkv.kernels.prompt_attention import prompt_attention
 from hfkv.kernels.quantize_pack import Basis
 from hfkv.rope import Rotary
@@ -88,12 +88,9 @@ def attend_own(chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | Non
     return out
 
 
-def attend_step(past: Past, q: Tensor, call: Call, read: Read | None = None) -> Tensor:
-    """Attention of the newest queries, whose tokens are in the window already -> [batch, q_heads, queries, Dv].
-
-    `read` is how packed blocks are read; None: they are widened.
-    """
-    return output(joint_logits(past, q, call, [], read=read), q)
+def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
+    """Attention of the newest queries, whose tokens are in the window already -> [batch, q_heads, queries, Dv]."""
+    return output(joint_logits(past, q, call, []), q)
 
 
 def attend_chunk(
@@ -127,9 +124,7 @@ def attend_chunk(
     return torch.cat(outs, 2), torch.cat(lses, 2) if lses else None
 
 
-def joint_logits(
-    past: Past, q: Tensor, call: Call, own: list[ExactKeys], in_window: bool = True, read: Read | None = None
-) -> JointLogits:
+def joint_logits(past: Past, q: Tensor, call: Call, own: list[ExactKeys], in_window: bool = True) -> JointLogits:
     """Logits of q [batch, q_heads, queries, D] over pages, window and `own` keys.
 
     With `in_window` the queries belong to the window's newest tokens, else the whole window lies before them.
@@ -139,7 +134,7 @@ def joint_logits(
     k, v = (x.flatten(0, 1)[:, : fill.most].float() for x in (window.k, window.v))
     bias = _spread(fill.bias(queries if in_window else 1), rows, queries, heads)
     exact = [exact_keys(rows, k, v, bias, call.softcap), *own]
-    return join(past.work, rows, exact, call.softcap, sink_rows(q, heads, call), read)
+    return join(past.work, rows, exact, call.softcap, sink_rows(q, heads, call))
 
 
 def output(joint: JointLogits, q: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Fill:
     seen: int
     pads: Tensor | None
     _biases: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _rows: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> Fill:
@@ -61,6 +62,12 @@ class Fill:
         """Real tokens of every sequence, pruned ones included, int64 [batch]."""
         total = torch.full_like(self.counts, self.seen)
         return total if self.pads is None else total - self.pads
+
+    def of_rows(self, heads: int) -> Tensor:
+        """Tokens in the window of every row, a KV head of a sequence: int64 [batch * heads]."""
+        if heads not in self._rows:
+            self._rows[heads] = self.counts.repeat_interleave(heads)
+        return self._rows[heads]
 
     def bias(self, queries: int) -> Tensor | None:
         """float32 [batch or 1, queries, most]: -inf where one of the newest `queries` may not look; None: no limit."""

@@ -45,6 +45,23 @@ def make_layer(
     return layer, k, v
 
 
+def scatter_pages(layer: PackedLayer) -> None:
+    """Move every other page of the second tier into a new arena, three times over."""
+    pool = layer.pool
+    for _ in range(3):  # move the pages of the second tier into new arenas
+        table = layer.table
+        ids, row, index = table.pages(1, layer.page_counts(1))
+        odd = torch.arange(ids.numel()) % 2 == 0
+        pages = pool.gather(layer.classes[1], ids[odd])
+        blocked = pool._classes[layer.classes[1]].free
+        pool.allocate(layer.classes[1], torch.tensor([blocked]))
+        pool.reserve({layer.classes[1]: int(odd.sum())})
+        fresh = pool.allocate(layer.classes[1], torch.tensor([int(odd.sum())]))
+        pool.scatter(layer.classes[1], fresh, pages)
+        table.write(1, row[odd], index[odd], fresh)
+    layer._work = None
+
+
 def poison(layer: PackedLayer) -> None:
     """Fill the codes of every free slot with garbage; metadata stays zero, as it always is."""
     for tier, layout in enumerate(layer.layouts):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import dequantised, make_layer, poison, relative_rms, softmax_attention
+from oracle import dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
 
 from hfkv.kernels import decode_attention
 from hfkv.kernels.decode_attention import attention_received, exact_keys, join
@@ -64,19 +64,7 @@ def joined(layer, rows, softcap=None, sinks=None, extra_k=None, extra_v=None):
 def test_work_over_several_arenas():
     """Pages of one row that lie in several arenas are read in the right order."""
     layer, _, _ = make_layer([(300, 300), (10, 500)], ((8, 4), (4, 2)), 64, 64)
-    pool = layer.pool
-    for _ in range(3):  # move the pages of the second tier into new arenas
-        table = layer.table
-        ids, row, index = table.pages(1, layer.page_counts(1))
-        odd = torch.arange(ids.numel()) % 2 == 0
-        pages = pool.gather(layer.classes[1], ids[odd])
-        blocked = pool._classes[layer.classes[1]].free
-        pool.allocate(layer.classes[1], torch.tensor([blocked]))
-        pool.reserve({layer.classes[1]: int(odd.sum())})
-        fresh = pool.allocate(layer.classes[1], torch.tensor([int(odd.sum())]))
-        pool.scatter(layer.classes[1], fresh, pages)
-        table.write(1, row[odd], index[odd], fresh)
-    layer._work = None
+    scatter_pages(layer)
     assert max(len(block.sources) for block in layer.work().blocks) > 1
     rows = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)) / 8
     out = joined(layer, rows).attend()

@@ -7,17 +7,18 @@ import logging
 
 import pytest
 import torch
-from oracle import dequantised, make_layer, poison, relative_rms, softmax_attention
+from oracle import dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
 from tiny import tiny_llama
 from torch._dynamo.utils import counters
 
 import hfkv
 from hfkv import LeanKVCache, LeanKVConfig
+from hfkv.attend import Call, Past
 from hfkv.backends import compiled, kernels_for, select
-from hfkv.backends.compiled import Looped, Loops, _compile, _loops
-from hfkv.kernels.decode_attention import Widened, exact_keys, join
-from hfkv.kernels.loops import fits, key_loop, value_loop
-from hfkv.kernels.page_codes import Scratch
+from hfkv.backends.compiled import CompiledKernels
+from hfkv.fill import Fill
+from hfkv.kernels.loops import step_loops
+from hfkv.window import Window
 
 CASES = [
     # tokens per row and tier, tiers, key dim, value dim, page tokens
@@ -31,76 +32,111 @@ CASES = [
 ]
 
 
-def eagerly(layout, sizes):
-    """The expressions themselves, which say what compiled loops compute."""
-    return Loops(key_loop(layout), value_loop(layout))
+def step_of(layer, q, k, v, count, call):
+    """The attention of the newest queries by loops -> (output, the view they were read through)."""
+    kernels = CompiledKernels()
+    heads = layer.rows // q.shape[0]
+    window = Window(k.unflatten(0, (-1, heads)), v.unflatten(0, (-1, heads)))
+    fill = Fill(count, torch.full((q.shape[0],), count), count, None, count, None)
+    past = Past(layer, kernels.view(layer), window, fill)
+    return kernels.attend_step(past, q, call), past.view
 
 
-def attended(layer, rows, softcap, sinks, extra_k, extra_v):
-    read = Looped(Widened(Scratch(rows.device)))
-    return join(layer.work(), rows, [exact_keys(rows, extra_k, extra_v, None, softcap)], softcap, sinks, read).attend()
+def wanted(layer, q, k, v, count, call):
+    """The same by attention over the dequantised keys and values."""
+    heads, out = layer.rows // q.shape[0], []
+    for row in range(layer.rows):
+        own_k, own_v, _ = dequantised(layer, row)
+        queries = q.flatten(0, 1).unflatten(0, (layer.rows, -1))[row].float() * call.scaling  # [groups, queries, D]
+        for group in range(queries.shape[0]):
+            sink = None if call.sinks is None else call.sinks[row % heads * queries.shape[0] + group][None]
+            for number, query in enumerate(queries[group]):
+                last = count - queries.shape[1] + number + 1
+                keys, values = torch.cat([own_k, k[row, :last]]), torch.cat([own_v, v[row, :last]])
+                out.append(softmax_attention(query[None], keys, values, call.softcap, sink)[0])
+    return torch.cat(out).view(*q.shape[:3], -1)
+
+
+def case(rows, key_dim, value_dim, groups, queries, batch=1, slots=12):
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(batch, rows // batch * groups, queries, key_dim, generator=generator)
+    k, v = (torch.randn(rows, slots, dim, generator=generator) for dim in (key_dim, value_dim))
+    return q, k, v
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The expression itself, which says what compiled loops compute."""
+    monkeypatch.setattr(compiled, "_compiled", lambda shape, work: step_loops(shape))
 
 
 @pytest.mark.parametrize("counts, tiers, key_dim, value_dim, tokens", CASES)
-@pytest.mark.parametrize("queries, softcap, shift", [(1, None, True), (4, 5.0, False), (14, None, True)])
-def test_loops_over_pages(counts, tiers, key_dim, value_dim, tokens, queries, softcap, shift, monkeypatch):
-    monkeypatch.setattr("hfkv.paging.packed.BLOCK_TOKENS", 256)  # several blocks
-    monkeypatch.setattr(compiled, "_loops", eagerly)
+@pytest.mark.parametrize(
+    "groups, queries, softcap, sinks", [(1, 1, None, False), (4, 1, 5.0, True), (7, 2, None, True)]
+)
+@pytest.mark.parametrize("shift", [True, False])
+def test_loops_over_pages(
+    counts, tiers, key_dim, value_dim, tokens, groups, queries, softcap, sinks, shift, uncompiled
+):
     layer, _, _ = make_layer(counts, tiers, key_dim, value_dim, tokens, shift=shift)
     poison(layer)
-    assert all(fits(block.layout) for block in layer.work().blocks)
-    generator = torch.Generator().manual_seed(5)
-    rows = torch.randn(len(counts), queries, key_dim, generator=generator) * key_dim**-0.5
-    sinks = torch.randn(len(counts), queries, generator=generator)
-    extra_k, extra_v = (torch.randn(len(counts), 3, dim, generator=generator) for dim in (key_dim, value_dim))
-    out = attended(layer, rows, softcap, sinks, extra_k, extra_v)
-    for row in range(len(counts)):
-        k, v, _ = dequantised(layer, row)
-        k, v = torch.cat([k, extra_k[row]]), torch.cat([v, extra_v[row]])
-        assert relative_rms(out[row], softmax_attention(rows[row], k, v, softcap, sinks[row])[0]) < 2e-5
+    q, k, v = case(len(counts), key_dim, value_dim, groups, queries)
+    k[:, 9:], v[:, 9:] = 1e4, 1e4  # behind the last
+    call = Call(key_dim**-0.5, softcap, torch.linspace(-1, 1, q.shape[1]) if sinks else None)
+    out, view = step_of(layer, q, k, v, 9, call)
+    assert view.runs and relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
 
 
-def test_pages_in_several_arenas_are_copied_together(monkeypatch):
-    monkeypatch.setattr(compiled, "_loops", eagerly)
+def test_pages_in_several_memories(uncompiled):
     layer, _, _ = make_layer([(300, 300), (10, 500)], ((8, 4), (4, 2)), 64, 64)
-    block = layer.work().blocks[0]
-    (rows, words, _), half = block.sources[0], block.pages // 2
-    split = ((rows, words[:half], slice(0, half)), (rows, words[half:], slice(half, block.pages)))
-    apart = type(block)(block.tier, block.layout, block.pages, block.row, split, block.free, block.columns)
-    for whole in (block, apart):
-        pages, which = whole.addressed()
-        assert pages.stride() == (8, 1) and which.dtype == torch.int32
-        assert torch.equal(pages[which].flatten(0, 1), block.gather())
+    scatter_pages(layer)
+    q, k, v = case(2, 64, 64, 3, 1)
+    call = Call(0.125, None, None)
+    out, view = step_of(layer, q, k, v, 9, call)
+    used = [(number // view.per_tier, run[0].data_ptr()) for number, run in enumerate(view.runs) if run[2].any()]
+    assert len(set(used)) > 2  # the second tier lies in several
+    assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+    assert view.nbytes == sum(x.nbytes for run in view.runs for x in run[1:])
+
+
+def test_a_sequence_without_a_token_gets_zeros(uncompiled):
+    layer, _, _ = make_layer([(0, 0), (5, 40)], ((8, 4), (4, 2)), 64, 64)
+    q, k, v = case(2, 64, 64, 2, 1, batch=2)
+    kernels = CompiledKernels()
+    fill = Fill(None, torch.tensor([0, 9]), 9, torch.full((2, 9), -1), 9, torch.tensor([9, 0]))
+    past = Past(layer, kernels.view(layer), Window(k[:, None], v[:, None]), fill)
+    out = kernels.attend_step(past, q, Call(0.125, None, None))
+    assert (out[0] == 0).all() and torch.isfinite(out).all() and (out[1] != 0).any()
 
 
 @pytest.mark.parametrize(
-    "tiers, codec", [(("exact",), "fitted"), (((8, 4), (4, 2)), "minmax")], ids=["exact", "minmax"]
+    "counts, tiers, codec, queries",
+    [
+        pytest.param([(111, 0)], ("exact",), "fitted", 1, id="exact"),
+        pytest.param([(63, 111)], ((8, 4), (4, 2)), "minmax", 1, id="minmax"),
+        pytest.param([(63, 111)], ((8, 4), (4, 2)), "fitted", 9, id="many-queries"),
+        pytest.param([(0, 8000)] + [(0, 1)] * 7, ((8, 4), (4, 2)), "fitted", 1, id="one-long-head"),
+    ],
 )
-def test_other_pages_are_read_by_the_twin(tiers, codec, monkeypatch):
-    monkeypatch.setattr(compiled, "_loops", None)  # not to be called
-    layer, _, _ = make_layer([(111, 0) if len(tiers) == 1 else (63, 111)], tiers, 64, 64, codec=codec)
-    assert not any(fits(layout) for layout in layer.layouts)
-    rows = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)) / 8
-    out = attended(layer, rows, None, None, torch.zeros(1, 0, 64), torch.zeros(1, 0, 64))
-    k, v, _ = dequantised(layer, 0)
-    assert relative_rms(out[0], softmax_attention(rows[0], k, v)[0]) < 2e-5
+def test_what_is_left_to_the_twin(counts, tiers, codec, queries, monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", None)  # not to be called
+    layer, _, _ = make_layer(counts, tiers, 64, 64, codec=codec)
+    q, k, v = case(len(counts), 64, 64, 2, queries)
+    call = Call(0.125, None, None)
+    out, _ = step_of(layer, q, k[:, :9], v[:, :9], 9, call)
+    assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
 
 
 def test_one_compilation_serves_all_sizes():
-    layers = [
-        make_layer([count] * rows, ((4, 2),), 64, 64)[0] for rows, count in ((2, (90,)), (3, (500,)), (2, (3000,)))
-    ]
-    layout = layers[0].layouts[0]
-    _loops(layout, (2, 2, 2))
-    before = counters["stats"]["unique_graphs"]
-    for layer in layers:
-        for queries in (2, 3, 8):
-            rows = torch.randn(layer.rows, queries, 64, generator=torch.Generator().manual_seed(0)) / 8
-            extra = torch.zeros(layer.rows, 0, 64)
-            out = attended(layer, rows, None, None, extra, extra)
-            k, v, _ = dequantised(layer, 0)
-            assert relative_rms(out[0], softmax_attention(rows[0], k, v)[0]) < 2e-5
-    assert counters["stats"]["unique_graphs"] == before
+    call, graphs = Call(0.125, None, None), []
+    for rows, count, queries in [(2, 90, 2), (3, 500, 3), (2, 3000, 5)]:
+        layer, _, _ = make_layer([(count, 0)] * rows, ((4, 2), (4, 2)), 64, 64)
+        q, k, v = case(rows, 64, 64, 3, queries)
+        out, view = step_of(layer, q, k, v, 9, call)
+        assert all(step is not None for step in view._steps.values())
+        assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
 
 
 # ---- as a user has it --------------------------------------------------------------------------------------------
@@ -163,17 +199,19 @@ def test_without_a_compiler_that_is_said(monkeypatch):
     assert "forward" not in tiny_llama().__dict__
 
 
-def test_a_loop_that_does_not_compile_is_left_to_the_twin_with_a_warning(monkeypatch, caplog):
-    def broken(layout):
-        raise RuntimeError("no such loop\nat all")
+def test_loops_that_do_not_compile_are_left_to_the_twin_with_a_warning(monkeypatch, caplog):
+    def broken(shape):
+        def step(*_):
+            raise RuntimeError("no such loop\nat all")
+
+        return step
 
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
-    monkeypatch.setattr(compiled, "_own", lambda loop: broken)
+    monkeypatch.setattr(compiled, "step_loops", broken)
+    monkeypatch.setattr(compiled, "_made", {})
+    q, k, v = case(1, 64, 64, 3, 1)
+    call = Call(0.125, None, None)
     with caplog.at_level(logging.WARNING, "hfkv"):
-        assert _compile(layer.layouts[1], (1, 2, 3)) is None
-    assert "K4V2 are read by plain torch, not by compiled loops" in caplog.text
-    monkeypatch.setattr(compiled, "_loops", lambda layout, sizes: None)
-    rows = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)) / 8
-    extra = torch.zeros(1, 0, 64)
-    k, v, _ = dequantised(layer, 0)
-    assert relative_rms(attended(layer, rows, None, None, extra, extra)[0], softmax_attention(rows[0], k, v)[0]) < 2e-5
+        out, _ = step_of(layer, q, k[:, :9], v[:, :9], 9, call)
+    assert "decode steps are left to plain torch, compiling their loops failed" in caplog.text
+    assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5

@@ -1,4 +1,4 @@
-"""The CPU path under `hfkv.compile_decode`: decode steps read codes by compiled loops, all else is plain torch."""
+"""The CPU path under `hfkv.compile_decode`: decode steps by compiled loops, all else by plain torch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import logging
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hfkv.attend import Call, Past, attend_step
+from hfkv.attend import Call, Past, attend_chunk, attend_step, sink_rows
 from hfkv.backends.plain import PlainKernels, StillWork
-from hfkv.kernels.decode_attention import PageBlock, Values, Widened
-from hfkv.kernels.loops import fits, key_loop, value_loop
-from hfkv.kernels.page_codes import Scratch
+from hfkv.handle import Chunk
+from hfkv.kernels.decode_attention import WorkList
+from hfkv.kernels.loops import StepShape, fits, step_loops
+from hfkv.paging.packed import PackedLayer
 from hfkv.quant import PageLayout
 
 logger = logging.getLogger("hfkv")
 
 MOST_QUERIES = 16
-"""Queries of one row, over all heads of its group, up to which loops are used: each query reads all codes anew."""
+"""Queries of one KV head, over all heads of its group, up to which loops are used: each query reads all codes anew."""
+
+MOST_PADDING = 2.0
+"""Pages that loops may read per page that there is: every head counts as many as the longest of its layer."""
+
+Run = tuple[Tensor, Tensor, Tensor]
+Step = Callable[..., Tensor]
 
 
 class CompiledKernels(PlainKernels):
@@ -30,54 +37,143 @@ class CompiledKernels(PlainKernels):
 
     name = "inductor"
 
+    def __init__(self) -> None:
+        self._view: LoopView | None = None
+
+    def __getstate__(self) -> dict:
+        return {"_view": None}
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return 0 if self._view is None else self._view.nbytes
+
+    def view(self, packed: PackedLayer) -> LoopView:  # type: ignore[override]
+        """The pages as they are now, in both forms; made anew where they have changed."""
+        work = packed.work()
+        if self._view is None or self._view.work is not work:
+            self._view = LoopView(work, tuple(packed.layouts), *_runs(packed))
+        return self._view
+
     @staticmethod
     def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
-        queries = q.shape[1] // past.window.heads * q.shape[2]
-        read = Looped(Widened(Scratch(q.device))) if queries <= MOST_QUERIES else None
-        return attend_step(past, q, call, read)
+        view: LoopView = past.view
+        step = view.step(past, q, call)
+        if step is None:
+            return attend_step(replace(past, view=view.work), q, call)
+        return step(*_arguments(past, view.work, q, call), view.runs).view(*q.shape[:3], -1)
 
     @staticmethod
-    def attend_still(still: StillWork, past: Past, q: Tensor, call: Call) -> Tensor:
-        return CompiledKernels.attend_step(Past(past.packed, still.work, past.window, past.fill), q, call)
+    def attend_chunk(
+        past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, observed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return attend_chunk(replace(past, view=past.view.work), chunk, q, valid, call, observed)
+
+    @staticmethod
+    def still(past: Past, before: StillWork | None) -> StillWork:
+        return PlainKernels.still(replace(past, view=past.view.work), before)
 
 
-@dataclass(frozen=True)
-class Looped:
-    """`Read` by loops where they can, else by `widened`."""
+@dataclass
+class LoopView:
+    """A layer's pages between two flushes, for plain torch and for loops.
 
-    widened: Widened
+    Attributes:
+        work: for plain torch.
+        layouts: of the tiers.
+        runs: see `hfkv.kernels.loops.step_loops`; empty where these pages are not for loops.
+        per_tier: runs of each tier.
+    """
 
-    def __call__(self, block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None) -> tuple[Tensor, Values]:
-        pages, which = block.addressed() if fits(block.layout) else (None, None)
-        loops = None if which is None else _loops(block.layout, (*which.shape, q.shape[1]))
-        if pages is None or which is None or loops is None:
-            return self.widened(block, q, total, constant)
-        logits = loops.keys(pages, which, q.contiguous(), total.contiguous()).flatten(2)
-        if constant is not None:
-            logits.add_(constant)
-        return logits, LoopedValues(block, pages, which, loops)
+    work: WorkList
+    layouts: tuple[PageLayout, ...]
+    runs: list[Run]
+    per_tier: int
+    _steps: dict[tuple, Step | None] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(which.nbytes + used.nbytes for _, which, used in self.runs)
+
+    def step(self, past: Past, q: Tensor, call: Call) -> Step | None:
+        """The loops for such a step; None where plain torch is to take it."""
+        queries = q.shape[2]
+        key = (queries, call.scaling, call.softcap, call.sinks is None)
+        if key not in self._steps:
+            few = q.shape[1] // past.window.heads * queries <= MOST_QUERIES
+            self._steps[key] = _compiled(self._shape(past, q, call), self.work) if self.runs and few else None
+        return self._steps[key]
+
+    def _shape(self, past: Past, q: Tensor, call: Call) -> StepShape:
+        folding = self.work.folding
+        columns = [(part.start, part.stop) for part in (*folding.keys, folding.total, folding.rotated)]
+        return StepShape(
+            layouts=self.layouts,
+            runs=self.per_tier,
+            keys=tuple(columns[:-2]),
+            total=columns[-2],
+            rotated=columns[-1],
+            groups=q.shape[1] // past.window.heads,
+            slots=past.window.capacity,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            dtype=q.dtype,
+            absent=(call.sinks is None, self.work.mean is None),
+            single=(self.work.rows == 1, q.shape[2] == 1),
+        )
 
 
-@dataclass(slots=True)
-class LoopedValues:
-    """The values of a block that are read by a loop."""
-
-    block: PageBlock
-    pages: Tensor
-    which: Tensor
-    loops: Loops
-
-    def weighed(self, p: Tensor) -> Tensor:
-        p = p.contiguous().view(*p.shape[:2], -1, self.block.layout.tokens)
-        return self.loops.values(self.pages, self.which, p)
+def _arguments(past: Past, work: WorkList, q: Tensor, call: Call) -> tuple:
+    """What `step_loops` asks for before the runs."""
+    window, folding = past.window, work.folding
+    k, v = (x.contiguous().flatten(0, 1) for x in (window.k, window.v))
+    rows = q.contiguous().view(work.rows, -1, *q.shape[2:])
+    sinks = sink_rows(q, window.heads, call)
+    return rows, k, v, past.fill.of_rows(window.heads), sinks, folding.queries, work.mean, list(folding.values)
 
 
-@dataclass(frozen=True)
-class Loops:
-    """The compiled loops of a page layout."""
+def _runs(packed: PackedLayer) -> tuple[list[Run], int]:
+    """All pages of a layer as runs, of each tier as many: one per memory that pages lie in, and empty ones."""
+    if not all(fits(layout) for layout in packed.layouts):
+        return [], 0
+    tiers = [_tier_runs(packed, tier) for tier in range(packed.tiers)]
+    most = max(map(len, tiers))
+    each = 1 << (most - 1).bit_length() if most > 1 else 2  # few numbers, so that few loops are made
+    read = sum(which.numel() for runs in tiers for _, which, _ in runs)
+    held = sum(int((used > 0).sum()) for runs in tiers for _, _, used in runs)
+    if read > MOST_PADDING * held + 16 * packed.rows:
+        return [], 0
+    for runs, layout in zip(tiers, packed.layouts, strict=True):
+        none = torch.zeros_like(runs[0][1][..., :2]) if runs else packed.table.ids.new_zeros(packed.rows, 2)
+        pages = runs[0][0] if runs else _no_pages(layout)
+        runs += [(pages, none, none)] * (each - len(runs))
+    return [run for runs in tiers for run in runs], each
 
-    keys: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    values: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+def _tier_runs(packed: PackedLayer, tier: int) -> list[Run]:
+    """A tier's pages, one run per memory."""
+    layout = packed.layouts[tier]
+    ids, row, index = packed.table.pages(tier, packed.page_counts(tier))
+    used = (packed.table.lengths[row, tier] - index * layout.tokens).clamp(max=layout.tokens).int()
+    runs = []
+    for pages, words, position in packed.pool.locate(packed.classes[tier], ids):
+        place = (row[position], _rank(row[position], packed.rows))
+        which = words.new_zeros(packed.rows, max(2, int(place[1].max()) + 1), dtype=torch.int32)
+        which[place], held = words.int(), torch.zeros_like(which)
+        held[place] = used[position]
+        runs.append((pages.view(torch.uint8), which, held))
+    return runs
+
+
+def _rank(row: Tensor, rows: int) -> Tensor:
+    """How many before it in int64 [n], which is sorted, are the same: int64 [n]."""
+    counts = torch.bincount(row, minlength=rows)
+    return torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
+
+
+def _no_pages(layout: PageLayout, count: int = 2) -> Tensor:
+    """Memory of zeros as pages lie in it: uint8 [count, page_bytes], each a word behind the one before."""
+    memory = torch.zeros(8 * (count - 1) + layout.page_bytes, dtype=torch.uint8)
+    return memory.as_strided((count, layout.page_bytes), (8, 1))
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------------
@@ -107,53 +203,56 @@ def _probe(x: Tensor) -> Tensor:
     return (x * 2).sum()
 
 
-_compiled: dict[tuple[PageLayout, tuple[bool, ...]], Loops | None] = {}
-_compiling = threading.Lock()
+_made: dict[StepShape, Step | None] = {}
+_making = threading.Lock()
 
 
-def _loops(layout: PageLayout, sizes: tuple[int, ...]) -> Loops | None:
-    """The loops of a layout for any sizes (rows, pages of each, queries); None where they could not be compiled.
-
-    A size of 1 is one that torch.compile takes for a constant, so there are loops of their own for it.
-    """
-    key = (layout, tuple(size == 1 for size in sizes))
-    if key not in _compiled:
-        with _compiling:
-            if key not in _compiled:
-                _compiled[key] = _compile(layout, sizes)
-    return _compiled[key]
+def _compiled(shape: StepShape, work: WorkList) -> Step | None:
+    """The loops for a shape, compiled at its first use; None where they could not be."""
+    with _making:
+        if shape not in _made:
+            _made[shape] = _make(shape, work)
+        return _made[shape]
 
 
-def _compile(layout: PageLayout, sizes: tuple[int, ...]) -> Loops | None:
-    rows, pages, queries = sizes
-    stored = torch.zeros(8 * 7 + layout.page_bytes, dtype=torch.uint8).as_strided((8, layout.page_bytes), (8, 1))
-    which = torch.zeros(rows, pages, dtype=torch.int32)
-    q, total = torch.zeros(rows, queries, layout.key.columns), torch.zeros(rows, queries, 1)
-    p = torch.zeros(rows, queries, pages, layout.tokens)
-    open_ended = [(stored, 0), (which, 0), (which, 1), (q, 0), (q, 1), (total, 0), (total, 1), (p, 0), (p, 1), (p, 2)]
-    for x, dim in open_ended:
-        if x.shape[dim] > 1:
-            torch._dynamo.mark_dynamic(x, dim)
-    loops = Loops(_own(key_loop(layout)), _own(value_loop(layout)))
+def _make(shape: StepShape, work: WorkList) -> Step | None:
+    """Compile on sizes of which no two are the same by chance: equal ones would be taken for one."""
+    loops = step_loops(shape)
+    code = loops.__code__.replace(co_name=loops.__name__)  # torch.compile counts recompilations by code object
+    own = types.FunctionType(code, loops.__globals__, loops.__name__, loops.__defaults__, loops.__closure__)
+    unguarded = getattr(torch.compiler, "skip_all_guards_unsafe", None)  # `StepShape` says what guards would ask
+    options = None if unguarded is None else {"guard_filter_fn": unguarded}
+    step = torch.compile(own, fullgraph=True, options=options)
     try:
-        loops.keys(stored, which, q, total)
-        loops.values(stored, which, p)
+        with torch.inference_mode(False), torch.no_grad():
+            step(*_example(shape, work))
     except Exception as error:
-        logger.warning(
-            "codes of K%dV%d are read by plain torch, not by compiled loops: %s",
-            layout.key.bits,
-            layout.value.bits,
-            _first_line(error),
-        )
+        logger.warning("decode steps are left to plain torch, compiling their loops failed: %s", _first_line(error))
         return None
-    return loops
+    return step
 
 
-def _own(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loop, compiled, under a code object of its own: torch.compile counts recompilations by code object."""
-    code = loop.__code__.replace(co_name=loop.__name__)
-    fresh = types.FunctionType(code, loop.__globals__, loop.__name__, loop.__defaults__, loop.__closure__)
-    return torch.compile(fresh, fullgraph=True)
+def _example(shape: StepShape, work: WorkList) -> tuple:
+    """Arguments of `step_loops`, with the sizes marked that are open."""
+    rows, queries = (1 if single else size for single, size in zip(shape.single, (3, 5), strict=True))
+    dims = (shape.layouts[0].key.dim, shape.layouts[0].value.dim)
+    q = torch.zeros(rows, shape.groups, queries, dims[0], dtype=shape.dtype)
+    k, v = (torch.zeros(rows, shape.slots, dim, dtype=shape.dtype) for dim in dims)
+    filled = torch.full((rows,), queries)
+    sinks = None if shape.absent[0] else torch.zeros(rows, shape.groups * queries)
+    mean = None if shape.absent[1] else torch.zeros(rows, dims[0])
+    runs = []
+    for number in range(shape.runs * len(shape.layouts)):
+        which = torch.zeros(rows, 101 + 2 * number, dtype=torch.int32)
+        runs.append((_no_pages(shape.layouts[number // shape.runs], 51 + 2 * number), which, torch.zeros_like(which)))
+    per_row = [q, k, v, filled, sinks, mean, *(x for run in runs for x in run[1:])]
+    opened = [(x, 0) for x in per_row if x is not None and not shape.single[0]]
+    opened += [(x, 2 if x is q else 1) for x in (q, sinks) if x is not None and not shape.single[1]]
+    opened += [(run[0], 0) for run in runs] + [(x, 1) for run in runs for x in run[1:]]
+    for x, dim in opened:
+        torch._dynamo.maybe_mark_dynamic(x, dim)
+    folding = work.folding
+    return q, k, v, filled, sinks, folding.queries, mean, list(folding.values), runs
 
 
 def _first_line(error: Exception) -> str:

@@ -6,16 +6,14 @@ With k_t = ks_t * (code - kz_t) and v_t likewise,
 
 so that codes meet only the two matrix products; scales and zeros stay outside. The twin works by blocks of pages: it
 gathers a block's bytes, widens them and forms the block's logits; after one softmax over all blocks, the exact keys and
-the sinks it widens the values of each block. Another `Read` may do the same in another way: compiled loops do
-(`hfkv.kernels.loops`). What is linear besides (rotations, the fields of a byte, the zeros of
+the sinks it widens the values of each block. What is linear besides (rotations, the fields of a byte, the zeros of
 values) is folded into one matrix before and one after (`hfkv.kernels.folding`). A row is one KV head of one sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -67,22 +65,6 @@ class PageBlock:
         """Every tensor that reading the block reads."""
         return [*self._own, *(rows for rows, *_ in self.sources)]
 
-    def addressed(self) -> tuple[Tensor, Tensor]:
-        """The block's pages where they lie, or a copy if that is not one memory.
-
-        Returns:
-            (uint8 [any, page_bytes] with overlapping rows, int32 [r, n]: which of them are the pages of each row).
-        """
-        each = (self.columns[1] - self.columns[0]) // self.layout.tokens
-        if len(self.sources) == 1:
-            rows, words, _ = self.sources[0]
-        else:
-            pages = self.gather().view(torch.int64)
-            count, width = pages.shape
-            rows = pages.as_strided((count * width - width + 1, width), (1, 1))
-            words = torch.arange(0, count * width, width, dtype=torch.int32, device=pages.device)
-        return rows.view(torch.uint8), words.view(-1, each)
-
     def gather(self) -> Tensor:
         """The block's bytes, uint8 [r * pages, page_bytes]."""
         if len(self.sources) == 1:
@@ -133,44 +115,25 @@ class WorkList:
         return own if self.mean is None else [*own, self.mean]
 
 
-class Values(Protocol):
-    """The values of a block."""
-
-    block: PageBlock
-
-    def weighed(self, p: Tensor) -> Tensor:
-        """Sums by p [r, queries, pages * tokens] of codes and of their zeros -> [r, queries, columns]."""
-        ...
-
-
-Read = Callable[[PageBlock, Tensor, Tensor, Tensor | None], tuple[Tensor, Values]]
-"""Reads a block: its logits [r, queries, pages * tokens], of any value in free slots, and its values.
-
-Its arguments: the block, folded queries [r, queries, columns], the sums of the rotated queries [r, queries, 1], and
-what is added to every logit [r, queries, 1] or None.
-"""
-
-
 @dataclass(slots=True)
 class BlockValues:
     """A block's pages, uint8 [r * pages, page_bytes], with what its values are weighed by beside p.
 
     Attributes:
-        scratch: where they are widened.
         scale: float32 [r, 1, pages * tokens]; None for exact values.
         zero: float32 [r, 1, pages * tokens] where zeros are not stored as bytes; else None.
     """
 
     block: PageBlock
     pages: Tensor
-    scratch: Scratch
     scale: Tensor | None
     zero: Tensor | None
 
-    def weighed(self, p: Tensor) -> Tensor:
+    def weighed(self, p: Tensor, scratch: Scratch) -> Tensor:
+        """Sums by p [r, queries, pages * tokens] of codes and of their zeros -> [r, queries, columns]."""
         if self.scale is not None:
             p = p * self.scale
-        wide = widen_values(self.block.layout, self.pages, p.shape[0], self.scratch)
+        wide = widen_values(self.block.layout, self.pages, p.shape[0], scratch)
         sums = torch.bmm(p, wide.transpose(1, 2))
         if self.zero is not None:
             sums[..., -1:] = torch.bmm(p, self.zero.transpose(1, 2))
@@ -190,9 +153,10 @@ class JointLogits:
     """Logits [rows, queries, packed slots | exact keys | sink] of one softmax, and the packed values they weigh."""
 
     logits: Tensor
-    values: list[Values]
+    values: list[BlockValues]
     exact: list[ExactKeys]
     work: WorkList
+    scratch: Scratch
 
     def attend(self) -> Tensor:
         """The attention output, float32 [rows, queries, value_dim]."""
@@ -213,39 +177,32 @@ class JointLogits:
         sums: dict[int, Tensor] = {}
         for held in self.values:
             block = held.block
-            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]))
+            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]), self.scratch)
             if block.row is not None:
                 part = part.new_zeros(p.shape[0], *part.shape[1:]).index_add_(0, block.row, part)
             sums[block.tier] = sums[block.tier].add_(part) if block.tier in sums else part
         return sums
 
 
-def join(
-    work: WorkList,
-    q: Tensor,
-    exact: list[ExactKeys],
-    softcap: float | None,
-    sinks: Tensor | None,
-    read: Read | None = None,
-) -> JointLogits:
+def join(work: WorkList, q: Tensor, exact: list[ExactKeys], softcap: float | None, sinks: Tensor | None) -> JointLogits:
     """Logits of all keys of each query.
 
     Args:
         q: float32 [rows, queries, key_dim], scaled, in the plain basis.
         exact: keys that are not packed; at least one entry, which may have no key.
         sinks: [rows, queries] logits of a column without a value, or None.
-        read: how blocks are read; None: they are widened.
     """
     parts: list[Tensor] = []
-    values: list[Values] = []
+    values: list[BlockValues] = []
+    scratch = Scratch(q.device)
     if work.blocks:
-        packed, values = _packed_logits(work, q, softcap, read or Widened(Scratch(q.device)))
+        packed, values = _packed_logits(work, q, softcap, scratch)
         parts.append(packed)
     parts += [keys.logits for keys in exact]
     if sinks is not None:
         parts.append(sinks[..., None])
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return JointLogits(logits, values, exact, work)
+    return JointLogits(logits, values, exact, work, scratch)
 
 
 def attention_received(p: Tensor, work: WorkList, groups: int) -> list[Tensor]:
@@ -273,21 +230,20 @@ def exact_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: fl
     return ExactKeys(logits if bias is None else logits.add_(bias), v)
 
 
-def _packed_logits(work: WorkList, q: Tensor, softcap: float | None, read: Read) -> tuple[Tensor, list[Values]]:
+def _packed_logits(
+    work: WorkList, q: Tensor, softcap: float | None, scratch: Scratch
+) -> tuple[Tensor, list[BlockValues]]:
     folding = work.folding
     folded = torch.mm(q.flatten(0, 1), folding.queries).view(*q.shape[:2], -1)
     total, constant = folded[..., folding.total], None
     if work.mean is not None:  # a query's product with what all keys are short of
         constant = torch.bmm(folded[..., folding.rotated], work.mean[..., None])
     parts: list[Tensor] = []
-    values: list[Values] = []
+    values: list[BlockValues] = []
     for block in work.blocks:
         own = folded[..., folding.keys[block.tier]]
         added = None if constant is None else block.of_rows(constant)
-        logits, held = read(block, block.of_rows(own), block.of_rows(total), added)
-        logits = cap(logits, softcap)
-        if block.free is not None:
-            logits[..., -block.free.shape[-1] :].masked_fill_(block.free, float("-inf"))
+        logits, held = _block_logits(block, block.of_rows(own), block.of_rows(total), added, softcap, scratch)
         parts.append(logits)
         values.append(held)
     if all(block.row is None for block in work.blocks):
@@ -300,24 +256,27 @@ def _packed_logits(work: WorkList, q: Tensor, softcap: float | None, read: Read)
     return logits, values
 
 
-@dataclass(frozen=True)
-class Widened:
-    """`Read` by matrix products with codes widened in this memory, one block after the other."""
+def _block_logits(
+    block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None, softcap: float | None, scratch: Scratch
+) -> tuple[Tensor, BlockValues]:
+    """Logits [r, queries, pages * tokens], -inf in free slots.
 
-    scratch: Scratch
-
-    def __call__(
-        self, block: PageBlock, q: Tensor, total: Tensor, constant: Tensor | None
-    ) -> tuple[Tensor, BlockValues]:
-        layout, pages, rows = block.layout, block.gather(), q.shape[0]
-        logits = code_products(layout, pages, q, self.scratch)
-        terms = Terms.of(layout, pages, rows)
-        if terms.ks is not None:
-            if isinstance(terms.kz, Tensor):
-                logits.addcmul_(total, terms.kz, value=-1)
-            else:
-                logits.sub_(total * terms.kz)
-            logits = logits.mul_(terms.ks) if constant is None else torch.addcmul(constant, logits, terms.ks)
-        elif constant is not None:
-            logits.add_(constant)
-        return logits, BlockValues(block, pages, self.scratch, terms.vs, terms.vz)
+    Args:
+        q: [r, queries, columns], folded; total: [r, queries, 1], the sum of the rotated query.
+        constant: [r, queries, 1], added to every logit, or None.
+    """
+    layout, pages, rows = block.layout, block.gather(), q.shape[0]
+    logits = code_products(layout, pages, q, scratch)
+    terms = Terms.of(layout, pages, rows)
+    if terms.ks is not None:
+        if isinstance(terms.kz, Tensor):
+            logits.addcmul_(total, terms.kz, value=-1)
+        else:
+            logits.sub_(total * terms.kz)
+        logits = logits.mul_(terms.ks) if constant is None else torch.addcmul(constant, logits, terms.ks)
+    elif constant is not None:
+        logits.add_(constant)
+    logits = cap(logits, softcap)
+    if block.free is not None:
+        logits[..., -block.free.shape[-1] :].masked_fill_(block.free, float("-inf"))
+    return logits, BlockValues(block, pages, terms.vs, terms.vz)

@@ -1,14 +1,16 @@
-"""The two products of attention with the codes of pages, each one expression that `torch.compile` makes one loop of.
+"""Attention of a decode step over packed pages, window and sinks: an expression that torch.compile makes loops of.
 
-The loops read codes where they lie in the pool: nothing is gathered, and nothing widened is ever stored. They are what
-a few queries need; many want the matrix products of `hfkv.kernels.decode_attention`. Run eagerly, each term of a sum
-would be a tensor of its own, so they are only ever run compiled; tests hold them to the twin.
+The expression has elementwise operations, sums and maxima only, so that the compiler turns all of it into loops of one
+function: they read codes where they lie in the pool, and what a processor pays for in short steps, calls of operations
+and waking of threads, is paid once. It says the same as `hfkv.attend.attend_step`, and is meant for few queries: each
+reads all codes anew. Run eagerly every term of its sums would be a tensor, so it is only ever run compiled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,51 +18,127 @@ from torch import Tensor
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
 
+@dataclass(frozen=True)
+class StepShape:
+    """What loops are made for; all other sizes are open.
+
+    Attributes:
+        layouts: of the tiers.
+        runs: runs of pages per tier, see `step_loops`.
+        keys, total, rotated: columns of folded queries, as in `hfkv.kernels.folding.Folding`.
+        groups: query heads per KV head.
+        slots: of the window.
+        scaling, softcap: as in `hfkv.attend.Call`.
+        dtype: of queries and of the window.
+        absent: whether there are no sinks, and no mean keys.
+        single: whether there is one row, and one query. A size of 1 is none that a compiler leaves open.
+    """
+
+    layouts: tuple[PageLayout, ...]
+    runs: int
+    keys: tuple[tuple[int, int], ...]
+    total: tuple[int, int]
+    rotated: tuple[int, int]
+    groups: int
+    slots: int
+    scaling: float
+    softcap: float | None
+    dtype: torch.dtype
+    absent: tuple[bool, bool]
+    single: tuple[bool, bool]
+
+
 def fits(layout: PageLayout) -> bool:
     """Whether pages of this layout can be read by loops: codes on both sides, with scales and zeros of one byte."""
     return layout.pack is None and layout.byte_metadata and layout.tokens % 16 == 0
 
 
-def key_loop(layout: PageLayout) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The logits of queries over pages.
+def step_loops(shape: StepShape) -> Callable[..., Tensor]:
+    """The attention of a step's queries, whose tokens are the newest of the window; a row is a KV head of a sequence.
 
-    Its arguments: pages uint8 [any, page_bytes], `which` of them int32 [rows, n], folded queries float32
-    [rows, queries, columns] and the sums of the rotated queries [rows, queries, 1]. It returns
-    [rows, queries, n, tokens], of any value in free slots.
+    Its arguments: q [rows, groups, queries, D]; keys and values of the window [rows, slots, dim], of which int64 [rows]
+    are filled; sinks [rows, groups * queries] or None; `Folding.queries`; mean keys [rows, D] or None; a list of
+    `Folding.values`; and a list of runs, as many of each tier: pages uint8 [any, page_bytes], which of them belong to a
+    row, int32 [rows, n], and how many slots of each are filled, int32 [rows, n].
+    It returns [rows, groups, queries, Dv].
     """
-    codec, tokens = layout.key, layout.tokens
 
-    def key_logits(pages: Tensor, which: Tensor, q: Tensor, total: Tensor) -> Tensor:
-        stored = pages[which]  # [rows, n, page_bytes], which is never made
-        codes = _part(layout, stored, "key").unflatten(2, (tokens, codec.rows))
-        products: Tensor | float = 0.0
-        for plane in _planes(codec, codes, 3):
-            terms = [field[:, None] * q[:, :, None, None, columns] for columns, field in plane]
-            products = products + sum(terms[1:], terms[0]).sum(-1)
-        zero = _part(layout, stored, "key_zero")[:, None].float() if codec.zero_bytes else codec.center
-        return (products - total[..., None] * zero) * _scales(layout, stored, "key_scale")
+    def step(
+        q: Tensor,
+        window_k: Tensor,
+        window_v: Tensor,
+        filled: Tensor,
+        sinks: Tensor | None,
+        into: Tensor,
+        mean: Tensor | None,
+        back: Sequence[Tensor],
+        runs: Sequence[tuple[Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        queries = q.shape[2]
+        x = (q.float() * shape.scaling).flatten(1, 2)  # [rows, groups * queries, D]
+        folded = _product(x, into)
+        constant = None if mean is None else (folded[..., slice(*shape.rotated)] * mean[:, None]).sum(-1)
+        # ---- logits, and the largest of each query
+        exact = _capped(shape, (x[:, :, None] * window_k.float()[:, None]).sum(-1))  # [rows, groups * queries, slots]
+        newest = torch.arange(x.shape[1]) % queries - queries  # of each query, counted from the window's end
+        seen = torch.arange(window_k.shape[1]) <= (filled[:, None] + newest)[..., None]
+        exact = torch.where(seen, exact, float("-inf"))
+        largest, packed = exact.amax(-1), []
+        for number, (pages, which, used) in enumerate(runs):
+            tier = number // shape.runs
+            logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, tokens]
+            held = torch.arange(shape.layouts[tier].tokens) < used[:, None, :, None]
+            logits = torch.where(held, logits, float("-inf"))
+            largest = torch.maximum(largest, logits.amax(-1).amax(-1))
+            packed.append(logits)
+        largest = largest if sinks is None else torch.maximum(largest, sinks)
+        largest = torch.where(largest == float("-inf"), 0.0, largest)  # a sequence without a token
+        # ---- weights, not yet divided by their sum, and what they weigh
+        p = (exact - largest[..., None]).exp()
+        total = p.sum(-1) if sinks is None else p.sum(-1) + (sinks - largest).exp()
+        out = (p[..., None] * window_v.float()[:, None]).sum(2)  # [rows, groups * queries, Dv]
+        sums: list[Tensor | None] = [None] * len(shape.layouts)
+        for number, ((pages, which, _), logits) in enumerate(zip(runs, packed, strict=True)):
+            tier = number // shape.runs
+            p = (logits - largest[..., None, None]).exp()
+            total = total + p.sum(-1).sum(-1)
+            part, known = _sums(shape.layouts[tier], pages[which], p), sums[tier]
+            sums[tier] = part if known is None else known + part
+        for tier, matrix in enumerate(back):
+            own = sums[tier]
+            assert own is not None
+            out = out + _product(own, matrix)
+        out = out / total.clamp_min(1e-30)[..., None]
+        return out.unflatten(1, (shape.groups, queries)).to(q.dtype)
 
-    return key_logits
+    return step
 
 
-def value_loop(layout: PageLayout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The weighed sums of values.
+def _logits(shape: StepShape, tier: int, stored: Tensor, folded: Tensor, constant: Tensor | None) -> Tensor:
+    """Logits of folded queries over pages [rows, n, page_bytes], which are never made."""
+    layout, codec, q = shape.layouts[tier], shape.layouts[tier].key, folded[..., slice(*shape.keys[tier])]
+    codes = _part(layout, stored, "key").unflatten(2, (layout.tokens, codec.rows))
+    products: Tensor | float = 0.0
+    for plane in _planes(codec, codes, 3):
+        terms = [field[:, None] * q[:, :, None, None, columns] for columns, field in plane]
+        products = products + sum(terms[1:], terms[0]).sum(-1)
+    zero = _part(layout, stored, "key_zero")[:, None].float() if codec.zero_bytes else codec.center
+    logits = (products - folded[..., slice(*shape.total)][..., None] * zero) * _scales(layout, stored, "key_scale")
+    return _capped(shape, logits if constant is None else logits + constant[..., None, None])
 
-    Its arguments: pages and `which` as above, and probabilities float32 [rows, queries, n, tokens], 0 in free slots.
-    It returns the sums of codes, and of their zeros or of the weights, [rows, queries, columns + 1].
+
+def _sums(layout: PageLayout, stored: Tensor, p: Tensor) -> Tensor:
+    """Sums by p [rows, queries, n, tokens] of codes, and of zeros or of the weights: [rows, queries, columns + 1].
+
+    Pages are added up before tokens are: a token's sum stays in its lane of a vector.
     """
-    codec, tokens = layout.value, layout.tokens
-
-    def value_sums(pages: Tensor, which: Tensor, p: Tensor) -> Tensor:
-        stored = pages[which]
-        weights = (p * _scales(layout, stored, "value_scale"))[:, :, :, None]  # [rows, queries, n, 1, tokens]
-        codes = _part(layout, stored, "value").unflatten(2, (codec.rows, tokens))
-        fields = [field for plane in _planes(codec, codes, 2) for _, field in plane]
-        sums = [(weights * field[:, None]).sum(2).sum(-1) for field in fields]
-        zero = _part(layout, stored, "value_zero")[:, None, :, None].float() if codec.zero_bytes else 1.0
-        return torch.cat([*sums, (weights * zero).sum(2).sum(-1)], -1)
-
-    return value_sums
+    codec = layout.value
+    weights = (p * _scales(layout, stored, "value_scale"))[:, :, :, None]  # [rows, queries, n, 1, tokens]
+    codes = _part(layout, stored, "value").unflatten(2, (codec.rows, layout.tokens))
+    fields = [field for plane in _planes(codec, codes, 2) for _, field in plane]
+    sums = [(weights * field[:, None]).sum(2).sum(-1) for field in fields]
+    zero = _part(layout, stored, "value_zero")[:, None, :, None].float() if codec.zero_bytes else 1.0
+    return torch.cat([*sums, (weights * zero).sum(2).sum(-1)], -1)
 
 
 def _part(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
@@ -87,3 +165,12 @@ def _planes(codec: Codec, codes: Tensor, dim: int) -> list[list[tuple[slice, Ten
             column += width
         planes.append(fields)
     return planes
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., a] times a small matrix [a, b], by a loop: a library's product would end the function."""
+    return (x[..., None] * matrix).sum(-2)
+
+
+def _capped(shape: StepShape, logits: Tensor) -> Tensor:
+    return logits if shape.softcap is None else shape.softcap * torch.tanh(logits / shape.softcap)
