@@ -84,7 +84,7 @@ def test_loops_over_pages(
     k[:, 9:], v[:, 9:] = 1e4, 1e4  # behind the last
     call = Call(key_dim**-0.5, softcap, torch.linspace(-1, 1, q.shape[1]) if sinks else None)
     out, view = step_of(layer, q, k, v, 9, call)
-    assert view.runs and relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+    assert view.pages and relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
 
 
 def test_pages_in_several_memories(uncompiled):
@@ -93,10 +93,10 @@ def test_pages_in_several_memories(uncompiled):
     q, k, v = case(2, 64, 64, 3, 1)
     call = Call(0.125, None, None)
     out, view = step_of(layer, q, k, v, 9, call)
-    used = [(number // view.per_tier, run[0].data_ptr()) for number, run in enumerate(view.runs) if run[2].any()]
-    assert len(set(used)) > 2  # the second tier lies in several
+    assert max(len(block.sources) for block in view.work.blocks) > 1
     assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
-    assert view.nbytes == sum(x.nbytes for run in view.runs for x in run[1:])
+    assert view.nbytes == sum(x.nbytes for part in view.pages for x in part[1:])
+    assert layer.work().nbytes == view.nbytes + sum(block.nbytes for block in view.work.blocks)
 
 
 def test_a_sequence_without_a_token_gets_zeros(uncompiled):

@@ -16,7 +16,8 @@ from hfkv.attend import Call, Past, attend_chunk, attend_step, sink_rows
 from hfkv.backends.plain import PlainKernels, StillWork
 from hfkv.handle import Chunk
 from hfkv.kernels.decode_attention import WorkList
-from hfkv.kernels.loops import StepShape, fits, step_loops
+from hfkv.kernels.loops import StepShape, TierPages, step_loops
+from hfkv.paging.addressed import loop_pages, no_pages
 from hfkv.paging.packed import PackedLayer
 from hfkv.quant import PageLayout
 
@@ -25,10 +26,6 @@ logger = logging.getLogger("hfkv")
 MOST_QUERIES = 16
 """Queries of one KV head, over all heads of its group, up to which loops are used: each query reads all codes anew."""
 
-MOST_PADDING = 2.0
-"""Pages that loops may read per page that there is: every head counts as many as the longest of its layer."""
-
-Run = tuple[Tensor, Tensor, Tensor]
 Step = Callable[..., Tensor]
 
 
@@ -37,22 +34,13 @@ class CompiledKernels(PlainKernels):
 
     name = "inductor"
 
-    def __init__(self) -> None:
-        self._view: LoopView | None = None
-
-    def __getstate__(self) -> dict:
-        return {"_view": None}
-
-    @property
-    def nbytes(self) -> int:  # type: ignore[override]
-        return 0 if self._view is None else self._view.nbytes
-
-    def view(self, packed: PackedLayer) -> LoopView:  # type: ignore[override]
-        """The pages as they are now, in both forms; made anew where they have changed."""
+    @staticmethod
+    def view(packed: PackedLayer) -> LoopView:  # type: ignore[override]
+        """The pages as they are now, in both forms."""
         work = packed.work()
-        if self._view is None or self._view.work is not work:
-            self._view = LoopView(work, tuple(packed.layouts), *_runs(packed))
-        return self._view
+        if "loops" not in work.derived:
+            work.derived["loops"] = LoopView(work, tuple(packed.layouts), loop_pages(packed))
+        return work.derived["loops"]
 
     @staticmethod
     def attend_step(past: Past, q: Tensor, call: Call) -> Tensor:
@@ -60,7 +48,7 @@ class CompiledKernels(PlainKernels):
         step = view.step(past, q, call)
         if step is None:
             return attend_step(replace(past, view=view.work), q, call)
-        return step(*_arguments(past, view.work, q, call), view.runs).view(*q.shape[:3], -1)
+        return step(*_arguments(past, view.work, q, call), view.pages).view(*q.shape[:3], -1)
 
     @staticmethod
     def attend_chunk(
@@ -80,19 +68,17 @@ class LoopView:
     Attributes:
         work: for plain torch.
         layouts: of the tiers.
-        runs: see `hfkv.kernels.loops.step_loops`; empty where these pages are not for loops.
-        per_tier: runs of each tier.
+        pages: of each tier, see `hfkv.kernels.loops.step_loops`; None where these pages are not for loops.
     """
 
     work: WorkList
     layouts: tuple[PageLayout, ...]
-    runs: list[Run]
-    per_tier: int
+    pages: list[TierPages] | None
     _steps: dict[tuple, Step | None] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(which.nbytes + used.nbytes for _, which, used in self.runs)
+        return sum(which.nbytes + used.nbytes for _, which, used in self.pages or [])
 
     def step(self, past: Past, q: Tensor, call: Call) -> Step | None:
         """The loops for such a step; None where plain torch is to take it."""
@@ -100,7 +86,7 @@ class LoopView:
         key = (queries, call.scaling, call.softcap, call.sinks is None)
         if key not in self._steps:
             few = q.shape[1] // past.window.heads * queries <= MOST_QUERIES
-            self._steps[key] = _compiled(self._shape(past, q, call), self.work) if self.runs and few else None
+            self._steps[key] = _compiled(self._shape(past, q, call), self.work) if self.pages and few else None
         return self._steps[key]
 
     def _shape(self, past: Past, q: Tensor, call: Call) -> StepShape:
@@ -108,7 +94,6 @@ class LoopView:
         columns = [(part.start, part.stop) for part in (*folding.keys, folding.total, folding.rotated)]
         return StepShape(
             layouts=self.layouts,
-            runs=self.per_tier,
             keys=tuple(columns[:-2]),
             total=columns[-2],
             rotated=columns[-1],
@@ -123,57 +108,12 @@ class LoopView:
 
 
 def _arguments(past: Past, work: WorkList, q: Tensor, call: Call) -> tuple:
-    """What `step_loops` asks for before the runs."""
+    """What `step_loops` asks for before the pages."""
     window, folding = past.window, work.folding
     k, v = (x.contiguous().flatten(0, 1) for x in (window.k, window.v))
     rows = q.contiguous().view(work.rows, -1, *q.shape[2:])
     sinks = sink_rows(q, window.heads, call)
     return rows, k, v, past.fill.of_rows(window.heads), sinks, folding.queries, work.mean, list(folding.values)
-
-
-def _runs(packed: PackedLayer) -> tuple[list[Run], int]:
-    """All pages of a layer as runs, of each tier as many: one per memory that pages lie in, and empty ones."""
-    if not all(fits(layout) for layout in packed.layouts):
-        return [], 0
-    tiers = [_tier_runs(packed, tier) for tier in range(packed.tiers)]
-    most = max(map(len, tiers))
-    each = 1 << (most - 1).bit_length() if most > 1 else 2  # few numbers, so that few loops are made
-    read = sum(which.numel() for runs in tiers for _, which, _ in runs)
-    held = sum(int((used > 0).sum()) for runs in tiers for _, _, used in runs)
-    if read > MOST_PADDING * held + 16 * packed.rows:
-        return [], 0
-    for runs, layout in zip(tiers, packed.layouts, strict=True):
-        none = torch.zeros_like(runs[0][1][..., :2]) if runs else packed.table.ids.new_zeros(packed.rows, 2)
-        pages = runs[0][0] if runs else _no_pages(layout)
-        runs += [(pages, none, none)] * (each - len(runs))
-    return [run for runs in tiers for run in runs], each
-
-
-def _tier_runs(packed: PackedLayer, tier: int) -> list[Run]:
-    """A tier's pages, one run per memory."""
-    layout = packed.layouts[tier]
-    ids, row, index = packed.table.pages(tier, packed.page_counts(tier))
-    used = (packed.table.lengths[row, tier] - index * layout.tokens).clamp(max=layout.tokens).int()
-    runs = []
-    for pages, words, position in packed.pool.locate(packed.classes[tier], ids):
-        place = (row[position], _rank(row[position], packed.rows))
-        which = words.new_zeros(packed.rows, max(2, int(place[1].max()) + 1), dtype=torch.int32)
-        which[place], held = words.int(), torch.zeros_like(which)
-        held[place] = used[position]
-        runs.append((pages.view(torch.uint8), which, held))
-    return runs
-
-
-def _rank(row: Tensor, rows: int) -> Tensor:
-    """How many before it in int64 [n], which is sorted, are the same: int64 [n]."""
-    counts = torch.bincount(row, minlength=rows)
-    return torch.arange(row.numel()) - (counts.cumsum(0) - counts)[row]
-
-
-def _no_pages(layout: PageLayout, count: int = 2) -> Tensor:
-    """Memory of zeros as pages lie in it: uint8 [count, page_bytes], each a word behind the one before."""
-    memory = torch.zeros(8 * (count - 1) + layout.page_bytes, dtype=torch.uint8)
-    return memory.as_strided((count, layout.page_bytes), (8, 1))
 
 
 # ---- compiling ---------------------------------------------------------------------------------------------------
@@ -241,18 +181,18 @@ def _example(shape: StepShape, work: WorkList) -> tuple:
     filled = torch.full((rows,), queries)
     sinks = None if shape.absent[0] else torch.zeros(rows, shape.groups * queries)
     mean = None if shape.absent[1] else torch.zeros(rows, dims[0])
-    runs = []
-    for number in range(shape.runs * len(shape.layouts)):
-        which = torch.zeros(rows, 101 + 2 * number, dtype=torch.int32)
-        runs.append((_no_pages(shape.layouts[number // shape.runs], 51 + 2 * number), which, torch.zeros_like(which)))
-    per_row = [q, k, v, filled, sinks, mean, *(x for run in runs for x in run[1:])]
+    pages = []
+    for tier, layout in enumerate(shape.layouts):
+        which = torch.zeros(rows, 101 + 2 * tier, dtype=torch.int64)
+        pages.append((no_pages(layout, 51 + 2 * tier), which, torch.zeros_like(which, dtype=torch.int32)))
+    per_row = [q, k, v, filled, sinks, mean, *(x for part in pages for x in part[1:])]
     opened = [(x, 0) for x in per_row if x is not None and not shape.single[0]]
     opened += [(x, 2 if x is q else 1) for x in (q, sinks) if x is not None and not shape.single[1]]
-    opened += [(run[0], 0) for run in runs] + [(x, 1) for run in runs for x in run[1:]]
+    opened += [(part[0], 0) for part in pages] + [(x, 1) for part in pages for x in part[1:]]
     for x, dim in opened:
         torch._dynamo.maybe_mark_dynamic(x, dim)
     folding = work.folding
-    return q, k, v, filled, sinks, folding.queries, mean, list(folding.values), runs
+    return q, k, v, filled, sinks, folding.queries, mean, list(folding.values), pages
 
 
 def _first_line(error: Exception) -> str:

@@ -12,8 +12,8 @@ values) is folded into one matrix before and one after (`hfkv.kernels.folding`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class WorkList:
         slots: per tier, packed slots per row, free ones included; a row's columns are those of tier 0, then of tier 1.
         folding: the layer's maps between plain vectors and bytes.
         mean: float32 [rows, key_dim] in the rotated basis, what every key is short of; or None.
+        derived: what kernels have made of it for themselves, by name; each has `nbytes`.
     """
 
     blocks: tuple[PageBlock, ...]
@@ -99,10 +100,11 @@ class WorkList:
     slots: tuple[int, ...]
     folding: Folding
     mean: Tensor | None
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
+        return sum(part.nbytes for part in (*self.blocks, *self.derived.values()))
 
     @property
     def width(self) -> int:

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
+TierPages = tuple[Tensor, Tensor, Tensor]
+"""Pages of a tier: uint8 [any, page_bytes]; which of them belong to a row, int64 [rows, n]; and how many slots of each
+are filled, int32 [rows, n]."""
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -24,7 +28,6 @@ class StepShape:
 
     Attributes:
         layouts: of the tiers.
-        runs: runs of pages per tier, see `step_loops`.
         keys, total, rotated: columns of folded queries, as in `hfkv.kernels.folding.Folding`.
         groups: query heads per KV head.
         slots: of the window.
@@ -35,7 +38,6 @@ class StepShape:
     """
 
     layouts: tuple[PageLayout, ...]
-    runs: int
     keys: tuple[tuple[int, int], ...]
     total: tuple[int, int]
     rotated: tuple[int, int]
@@ -58,8 +60,7 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
 
     Its arguments: q [rows, groups, queries, D]; keys and values of the window [rows, slots, dim], of which int64 [rows]
     are filled; sinks [rows, groups * queries] or None; `Folding.queries`; mean keys [rows, D] or None; a list of
-    `Folding.values`; and a list of runs, as many of each tier: pages uint8 [any, page_bytes], which of them belong to a
-    row, int32 [rows, n], and how many slots of each are filled, int32 [rows, n].
+    `Folding.values`; and a list of the pages of each tier.
     It returns [rows, groups, queries, Dv].
     """
 
@@ -72,7 +73,7 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         into: Tensor,
         mean: Tensor | None,
         back: Sequence[Tensor],
-        runs: Sequence[tuple[Tensor, Tensor, Tensor]],
+        tiers: Sequence[TierPages],
     ) -> Tensor:
         queries = q.shape[2]
         x = (q.float() * shape.scaling).flatten(1, 2)  # [rows, groups * queries, D]
@@ -84,8 +85,7 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         seen = torch.arange(window_k.shape[1]) <= (filled[:, None] + newest)[..., None]
         exact = torch.where(seen, exact, float("-inf"))
         largest, packed = exact.amax(-1), []
-        for number, (pages, which, used) in enumerate(runs):
-            tier = number // shape.runs
+        for tier, (pages, which, used) in enumerate(tiers):
             logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, tokens]
             held = torch.arange(shape.layouts[tier].tokens) < used[:, None, :, None]
             logits = torch.where(held, logits, float("-inf"))
@@ -97,17 +97,10 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         p = (exact - largest[..., None]).exp()
         total = p.sum(-1) if sinks is None else p.sum(-1) + (sinks - largest).exp()
         out = (p[..., None] * window_v.float()[:, None]).sum(2)  # [rows, groups * queries, Dv]
-        sums: list[Tensor | None] = [None] * len(shape.layouts)
-        for number, ((pages, which, _), logits) in enumerate(zip(runs, packed, strict=True)):
-            tier = number // shape.runs
+        for layout, (pages, which, _), logits, matrix in zip(shape.layouts, tiers, packed, back, strict=True):
             p = (logits - largest[..., None, None]).exp()
             total = total + p.sum(-1).sum(-1)
-            part, known = _sums(shape.layouts[tier], pages[which], p), sums[tier]
-            sums[tier] = part if known is None else known + part
-        for tier, matrix in enumerate(back):
-            own = sums[tier]
-            assert own is not None
-            out = out + _product(own, matrix)
+            out = out + _product(_sums(layout, pages[which], p), matrix)
         out = out / total.clamp_min(1e-30)[..., None]
         return out.unflatten(1, (shape.groups, queries)).to(q.dtype)
 

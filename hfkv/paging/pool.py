@@ -272,6 +272,11 @@ class PagePool:
             found.append((self._rows(self._arenas[number].memory, layout), words[position], position))
         return found
 
+    def page_addresses(self, cls: int, ids: Tensor) -> Tensor:
+        """Where in memory pages begin: ids int32 [n] -> int64 [n], bytes."""
+        slot = (ids & ((1 << SLOT_BITS) - 1)).long()
+        return self.chunk_addresses[(ids >> SLOT_BITS).long()] + slot * self.layout(cls).page_bytes
+
     def sources(self, cls: int, ids: Tensor) -> tuple[Source, ...]:
         """Where pages lie, for reading them again and again: per arena (rows, words int32, places).
 
