@@ -89,7 +89,7 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
             logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, tokens]
             held = torch.arange(shape.layouts[tier].tokens) < used[:, None, :, None]
             logits = torch.where(held, logits, float("-inf"))
-            largest = torch.maximum(largest, logits.amax(-1).amax(-1))
+            largest = torch.maximum(largest, logits.flatten(2).amax(-1))
             packed.append(logits)
         largest = largest if sinks is None else torch.maximum(largest, sinks)
         largest = torch.where(largest == float("-inf"), 0.0, largest)  # a sequence without a token
@@ -99,7 +99,7 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         out = (p[..., None] * window_v.float()[:, None]).sum(2)  # [rows, groups * queries, Dv]
         for layout, (pages, which, _), logits, matrix in zip(shape.layouts, tiers, packed, back, strict=True):
             p = (logits - largest[..., None, None]).exp()
-            total = total + p.sum(-1).sum(-1)
+            total = total + p.flatten(2).sum(-1)
             out = out + _product(_sums(layout, pages[which], p), matrix)
         out = out / total.clamp_min(1e-30)[..., None]
         return out.unflatten(1, (shape.groups, queries)).to(q.dtype)
@@ -129,9 +129,8 @@ def _sums(layout: PageLayout, stored: Tensor, p: Tensor) -> Tensor:
     weights = (p * _scales(layout, stored, "value_scale"))[:, :, :, None]  # [rows, queries, n, 1, tokens]
     codes = _part(layout, stored, "value").unflatten(2, (codec.rows, layout.tokens))
     fields = [field for plane in _planes(codec, codes, 2) for _, field in plane]
-    sums = [(weights * field[:, None]).sum(2).sum(-1) for field in fields]
     zero = _part(layout, stored, "value_zero")[:, None, :, None].float() if codec.zero_bytes else 1.0
-    return torch.cat([*sums, (weights * zero).sum(2).sum(-1)], -1)
+    return torch.cat([*((weights * field[:, None]).sum(2) for field in fields), (weights * zero).sum(2)], 2).sum(-1)
 
 
 def _part(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
