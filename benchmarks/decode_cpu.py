@@ -10,6 +10,7 @@ under "sdpa". The peak memory of the prompt (resident bytes above the loaded mod
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -59,6 +60,7 @@ def _lean(preset: str, model: str = "leankv") -> Kind:
 
 MODELS = ("sdpa", "leankv", "leankv, compile_decode")
 
+TABLE = RESULTS / "decode_cpu.csv"
 REFERENCE = "DynamicCache, sdpa"
 KINDS = {
     REFERENCE: Kind("sdpa", lambda _: DynamicCache()),
@@ -137,7 +139,16 @@ def measure_peak(name: str, tokens: int) -> int:
     return peak
 
 
-def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, int]) -> list[dict[str, object]]:
+def known_peaks(tokens: int) -> dict[str, str]:
+    """What the table has of a length."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["tokens"] == str(tokens)]
+    return {row["cache"]: row["prompt_peak_mib"] for row in rows}
+
+
+def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, str]) -> list[dict[str, object]]:
     """One row per cache, ratios to the reference in the same run."""
     median = {name: statistics.median(t.steps) for name, t in times.items()}
     mean = {name: statistics.fmean(t.steps) for name, t in times.items()}
@@ -152,7 +163,7 @@ def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, int]) -> 
             "mean_step_ratio": f"{mean[name] / mean[REFERENCE]:.3f}",
             "prompt_s": f"{prompt[name]:.2f}",
             "prompt_ratio": f"{prompt[name] / prompt[REFERENCE]:.3f}",
-            "prompt_peak_mib": f"{peaks[name] / 2**20:.0f}" if peaks else "",
+            "prompt_peak_mib": peaks.get(name, ""),
             "steps": len(times[name].steps),
         }
         for name in times
@@ -173,14 +184,13 @@ def main() -> None:
     tokenizer = smollm2.load(dtype=torch.float32)[1]
     for tokens in args.lengths:
         text = next(continuations(tokenizer, tokens, args.steps + 2, seed=0))
-        measured = [] if args.no_peaks else names
-        peaks = {
-            name: prompt_peak(name, tokens, args.threads) for name in tqdm(measured, desc=f"{tokens} tokens, peaks")
-        }
+        peaks = known_peaks(tokens)
+        for name in tqdm([] if args.no_peaks else names, desc=f"{tokens} tokens, peaks"):
+            peaks[name] = f"{prompt_peak(name, tokens, args.threads) / 2**20:.0f}"
         times, caches = time_prompts(models, names, text.context, args.prompt_repeats)
         time_steps(models, caches, text.following, times)
-        merge_csv(RESULTS / "decode_cpu.csv", result_rows(tokens, times, peaks), by=("cache", "tokens"))
-    print((RESULTS / "decode_cpu.csv").read_text())
+        merge_csv(TABLE, result_rows(tokens, times, peaks), by=("cache", "tokens"))
+    print(TABLE.read_text())
 
 
 def _arguments() -> argparse.Namespace:
@@ -190,7 +200,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--caches", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="NAME", help="only these"
     )
-    parser.add_argument("--no-peaks", action="store_true", help="leave the prompt's peak memory out")
+    parser.add_argument("--no-peaks", action="store_true", help="keep the prompt's peak memory as the table has it")
     parser.add_argument("--prompt-repeats", type=int, default=2, help="the fastest counts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", choices=list(KINDS), help=argparse.SUPPRESS)

@@ -35,6 +35,7 @@ class StepShape:
         dtype: of queries and of the window.
         absent: whether there are no sinks, and no mean keys.
         single: whether there is one row, and one query. A size of 1 is none that a compiler leaves open.
+        serial: one thread runs them.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -48,6 +49,7 @@ class StepShape:
     dtype: torch.dtype
     absent: tuple[bool, bool]
     single: tuple[bool, bool]
+    serial: bool
 
 
 def fits(layout: PageLayout) -> bool:
