@@ -220,9 +220,15 @@ class LeanKVCache(LazyLinearLayers):
             OutOfPages: the pages cannot be had; nothing has changed.
         """
         planned = plan_flush(self.compressed)
-        for pool in self.pools:
-            work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
-            self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
+        pools = self.pools
+        try:
+            for pool in pools:
+                work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
+                self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
+        except OutOfPages:
+            for grown in pools[: pools.index(pool)]:
+                grown.trim()
+            raise
         with self.forwards.changing("flush"):
             for layer in self.lean_layers:
                 layer.generation += 1
@@ -270,6 +276,11 @@ class LeanKVCache(LazyLinearLayers):
     @property
     def pools(self) -> list[PagePool]:
         return list(self._pools.values())
+
+    def layers_on(self, device: torch.device) -> int:
+        """Layers that share the pool of a device: all, but those that are known to be elsewhere."""
+        elsewhere = sum(tokens.device != device for tokens in self.compressed)
+        return max((self.layer_count or 1) - elsewhere, 1)
 
     def page_tokens(self, tokens: int, tiers: int) -> int:
         """Tokens per page: 64, or 32 where half-filled pages of 64 would waste over 1 % of a head's `tokens`."""
@@ -402,21 +413,25 @@ class LeanKVCache(LazyLinearLayers):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i a copy of today's sequence `beam_idx[i]`."""
-        self._select(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+        self._select(beam_idx, lambda layer, own: layer.reorder_cache(own))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
-        self._select(indices, lambda layer: layer.batch_select_indices(indices))
+        self._select(indices, lambda layer, own: layer.batch_select_indices(own))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         held = self.compressed
         index = torch.arange(held[0].fill.batch if held else 0).repeat_interleave(repeats)
-        self._select(index, lambda layer: layer.batch_repeat_interleave(repeats))
+        self._select(index, lambda layer, _: layer.batch_repeat_interleave(repeats))
 
     @plain_tensors()
-    def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
-        """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
+    def _select(self, index: Tensor, plain: Callable[[Any, Tensor], None]) -> None:
+        """Make sequence i a copy of `index[i]` everywhere.
+
+        Args:
+            plain: does it for one of transformers' own layers, given it and the index on its device.
+        """
         held = self.compressed
         batch = held[0].fill.batch if held else 0
         if held and torch.equal(index.cpu(), torch.arange(batch)):
@@ -428,7 +443,8 @@ class LeanKVCache(LazyLinearLayers):
                 share_pages([tokens.packed for tokens in group], group[0].rows_of(own[group[0].device]))
             for layer in self.layers:
                 if not isinstance(layer, LeanKVLayer):
-                    plain(layer)
+                    place = getattr(layer, "device", None)
+                    plain(layer, index if place is None else index.to(place))
                 elif layer.tokens is not None:
                     layer.select(own[layer.tokens.device])
             if held and index.numel() < batch:
