@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 
@@ -73,18 +70,20 @@ class OnDevice(Tensor):
     # torch's own would ask for the device's guard, which is not there
 
     def __getitem__(self, index: Any) -> OnDevice:
-        return OnDevice(self.held[self._bare_index(index)], self.device)
+        self._check_index(index)
+        return OnDevice(self.held[_bare(index)], self.device)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        one_by_one = any(isinstance(x, Tensor | list) for x in tree_flatten(index, lambda x: isinstance(x, list))[0])
+        one_by_one = self._check_index(index)
         if one_by_one and isinstance(value, Tensor) and (value.device != HOST or value.dim()):
             _one_place([self, value], "__setitem__")  # slices are copied to, and copies may cross
-        self.held[self._bare_index(index)] = _bare(value)
+        self.held[_bare(index)] = _bare(value)
 
-    def _bare_index(self, index: Any) -> Any:
-        flat, spec = tree_flatten(index)
-        _one_place([self, *(x for x in flat if isinstance(x, Tensor) and x.device != HOST)], "an index")
-        return tree_unflatten(map(_bare, flat), spec)
+    def _check_index(self, index: Any) -> bool:
+        """Whether it names elements one by one, by tensors or lists; the tensors may be on the host."""
+        parts = [x for x in (index if isinstance(index, tuple) else (index,)) if isinstance(x, Tensor | list)]
+        _one_place([self, *(x for x in parts if isinstance(x, Tensor) and x.device != HOST)], "an index")
+        return bool(parts)
 
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device)
@@ -138,41 +137,53 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     Raises:
         RuntimeError: the arguments are on several devices.
     """
-    flat, spec = tree_flatten((args, kwargs))
-    shells = {id(x.held): x for x in flat if isinstance(x, OnDevice)}
-    asked = kwargs.get("device")
-    if not shells and (asked is None or torch.device(asked).type != KIND):
+    shells: dict[int, OnDevice] = {}
+
+    def bare(x: Tensor) -> Tensor:
+        if isinstance(x, OnDevice):
+            shells[id(x.held)] = x
+            return x.held
+        return x
+
+    own, own_kwargs = _map(bare, args), {name: _map(bare, x) for name, x in kwargs.items()}
+    asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
+    if not shells and (asked is None or asked.type != KIND):
         return func(*args, **kwargs)
     place = _common_device(func, args, kwargs)
     if asked is not None:
-        place = torch.device(asked)
-        place = device(0) if place.type == KIND and place.index is None else place
-    bare, bare_kwargs = tree_unflatten(map(_bare, flat), spec)
-    if asked is not None:
-        bare_kwargs["device"] = HOST
-    out = func(*bare, **bare_kwargs)
+        place, own_kwargs["device"] = device(asked.index or 0) if asked.type == KIND else asked, HOST
 
-    def shell(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
+    def shell(x: Tensor) -> Tensor:
         known = shells.get(id(x))  # written in place, or into out=
         if known is not None:
             assert known.shape == x.shape and known.stride() == x.stride(), f"{func} changes the shape of its argument"
             return known
         return OnDevice(x, place) if place.type == KIND else x
 
-    return tree_map(shell, out)
+    return _map(shell, func(*own, **own_kwargs))
+
+
+def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """The function of every tensor in nested lists and tuples; all else as it is."""
+    if isinstance(x, Tensor):
+        return function(x)
+    return type(x)(_map(function, item) for item in x) if type(x) in (list, tuple) else x
 
 
 def _common_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.device:
     """Where an operator runs; the destination where it may cross devices."""
     if func in CROSSES:
         return args[0].device
-    counted = [args[0], *args[2:]] if func in INDEXES else [*args]
-    indices = [x for x in args[1] if x is not None and x.device.type == KIND] if func in INDEXES else []
     numbers = torch.Tag.pointwise in func.tags or func in TAKES_NUMBERS
-    tensors = [x for x in tree_flatten((counted, indices, kwargs))[0] if isinstance(x, Tensor)]
-    return _one_place([x for x in tensors if not (numbers and x.device == HOST and x.dim() == 0)], str(func))
+    indices = args[1] if func in INDEXES else ()
+    tensors: list[Tensor] = []
+
+    def note(x: Tensor) -> None:
+        if x.device != HOST or not ((numbers and x.dim() == 0) or any(x is index for index in indices)):
+            tensors.append(x)
+
+    _map(note, (*args, *kwargs.values()))
+    return _one_place(tensors, str(func))
 
 
 def _one_place(tensors: list[Tensor], what: str) -> torch.device:
@@ -184,7 +195,7 @@ def _one_place(tensors: list[Tensor], what: str) -> torch.device:
 
 
 def _bare(x: Any) -> Any:
-    return x.held if isinstance(x, OnDevice) else x
+    return _map(lambda tensor: tensor.held if isinstance(tensor, OnDevice) else tensor, x)
 
 
 @contextlib.contextmanager
