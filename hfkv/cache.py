@@ -94,7 +94,7 @@ class LeanKVCache(LazyLinearLayers):
         self.encoder_decoder = False
         self.forwards = ForwardBook()
         self.fingerprint = Fingerprint()
-        self._flush_due = False
+        self.flush_due = False
         self._budget_said = False
         self.observing = False
         self._rotaries: dict[tuple, Rotary | None] = {}
@@ -123,15 +123,21 @@ class LeanKVCache(LazyLinearLayers):
         """
         layer = self.layer_at(layer_idx)
         begins = self.forwards.begins(self, layer_idx)
+        try:
+            if isinstance(layer, LeanKVLayer):
+                layer.check(key_states, value_states)
+            else:
+                check_native(layer, layer_idx, key_states, value_states)
+        except ValueError:
+            self.undo_forward()  # layers before it may have stored theirs
+            raise
         if isinstance(layer, LeanKVLayer):
-            layer.check(key_states, value_states)
             if begins:
                 self._make_ready(key_states.shape[2])
             state: Any = layer.snapshot(key_states.shape[2])
         else:
-            check_native(layer, layer_idx, key_states, value_states)
             state = copy.copy(layer)
-        self.forwards.note(layer_idx, layer, state)
+        self.forwards.note(self, layer_idx, layer, state)
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def layer_at(self, index: int) -> Any:
@@ -159,7 +165,7 @@ class LeanKVCache(LazyLinearLayers):
         held = self.compressed
         if not held:
             return False
-        return self._flush_due or held[0].capacity_left < new <= self.config.flush
+        return self.flush_due or held[0].capacity_left < new <= self.config.flush
 
     def begin_step(self) -> None:
         """What the first update of a forward of one token does before anything changes, for a step without updates.
@@ -234,11 +240,11 @@ class LeanKVCache(LazyLinearLayers):
                 layer.generation += 1
             for flush in planned:
                 apply_flush(flush)
-        self._flush_due = False
+        self.flush_due = False
 
     def request_flush(self) -> None:
         """Flush before the next forward: a continued prompt has been appended without revising the past."""
-        self._flush_due = True
+        self.flush_due = True
 
     def reserve(self, pool: PagePool, work: list[tuple[PackedRows, Compaction]], slack: float = 0.0) -> None:
         """Make room for compactions that will be applied in this order, the pages that one frees serving the next."""

@@ -54,7 +54,7 @@ def save(cache: LeanKVCache, path: str | os.PathLike[str]) -> None:
         "layer_count": cache.layer_count,
         "encoder_decoder": cache.encoder_decoder,
         "recording": cache._recording,
-        "flush_due": cache._flush_due,
+        "flush_due": cache.flush_due,
         "plain_reasons": {str(index): reason for index, reason in cache.plain_reasons.items()},
         "fills": [_fill_state(fill, f"fill{number}", writer) for number, fill in enumerate(fills)],
         "layers": layers,
@@ -86,7 +86,7 @@ def load(cls: type[C], path: str | os.PathLike[str], device: torch.device | str 
         cache.layers = [_read_layer(cache, index, fields, reader) for index, fields in enumerate(state["layers"])]
         _fill_layers(cache, state["layers"], fills, reader)
     cache.encoder_decoder, cache._recording = state["encoder_decoder"], state["recording"]
-    cache._flush_due = state["flush_due"]
+    cache.flush_due = state["flush_due"]
     cache.plain_reasons = {int(index): reason for index, reason in state["plain_reasons"].items()}
     cache.fingerprint = Fingerprint.from_json(metadata["model"])
     return cache

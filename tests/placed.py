@@ -38,10 +38,11 @@ def model_on(split: str | None = None) -> PreTrainedModel:
     return load() if split is None else load(device_map=device_map(SPLITS[split]))
 
 
-def load(**options: Any) -> PreTrainedModel:
-    """The model by `from_pretrained`, inside `devices()`."""
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(LlamaConfig(**llama_like(num_hidden_layers=LAYERS, initializer_range=0.2)))
+def load(made: PreTrainedModel | None = None, **options: Any) -> PreTrainedModel:
+    """A model by `from_pretrained`, inside `devices()`; None: a tiny Llama, the same at every call."""
+    if made is None:
+        torch.manual_seed(0)
+        made = LlamaForCausalLM(LlamaConfig(**llama_like(num_hidden_layers=LAYERS, initializer_range=0.2)))
     options = {"attn_implementation": "leankv", "dtype": torch.float32} | options
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):
         made.save_pretrained(folder)  # threads that load would not see the simulated devices
