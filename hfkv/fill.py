@@ -67,8 +67,11 @@ class Fill:
         numbers = [(x.uniform, x.most, x.seen, x.counts.device) for x in (self, other)]
         if numbers[0] != numbers[1]:
             return False
-        pairs = ((self.counts, other.counts), (self.positions, other.positions), (self.pads, other.pads))
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+        return (
+            torch.equal(self.counts, other.counts)
+            and _equal(self.positions, other.positions)
+            and _equal(self.pads, other.pads)
+        )
 
     def bias(self, queries: int) -> Tensor | None:
         """float32 [batch or 1, queries, most]: -inf where one of the newest `queries` may not look; None: no limit."""
@@ -156,7 +159,7 @@ def _ragged(uniform: int | None, counts: Tensor, most: int, positions: Tensor, s
 
 
 class FillBook:
-    """Works out each step's fill and padding once for all layers of a device, by the identity of what they follow from."""
+    """Works out each step's fill and padding once for all layers of a device, by identity of what they follow from."""
 
     def __init__(self) -> None:
         self._fills: dict[tuple, tuple[tuple, Any]] = {}
@@ -168,7 +171,7 @@ class FillBook:
             return None
         known = self._masks.get(mask.device)
         alike = known is not None and known.shape == mask.shape and known.dtype == mask.dtype
-        if known is not mask and not (alike and torch.equal(known, mask)):
+        if known is not mask and not (alike and _equal(known, mask)):
             known = self._masks[mask.device] = mask
         return known
 
@@ -233,6 +236,10 @@ def _real(mask: Tensor, new: int) -> Tensor | None:
     seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
     valid = seen.any(1)
     return None if bool(valid.all()) else valid
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _same(a: Any, b: Any) -> bool:
