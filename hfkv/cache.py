@@ -95,7 +95,7 @@ class LeanKVCache(LazyLinearLayers):
         self.encoder_decoder = False
         self.forwards = ForwardBook()
         self.fingerprint = Fingerprint()
-        self._flush_due = False
+        self.flush_due = False
         self._budget_said = False
         self.observing = False
         self._rotaries: dict[tuple, Rotary | None] = {}
@@ -124,15 +124,21 @@ class LeanKVCache(LazyLinearLayers):
         """
         layer = self.layer_at(layer_idx)
         begins = self.forwards.begins(self, layer_idx)
+        try:
+            if isinstance(layer, LeanKVLayer):
+                layer.check(key_states, value_states)
+            else:
+                check_native(layer, layer_idx, key_states, value_states)
+        except ValueError:
+            self.undo_forward()  # layers before it may have stored theirs
+            raise
         if isinstance(layer, LeanKVLayer):
-            layer.check(key_states, value_states)
             if begins:
                 self._make_ready(key_states.shape[2])
             state: Any = layer.snapshot(key_states.shape[2])
         else:
-            check_native(layer, layer_idx, key_states, value_states)
             state = copy.copy(layer)
-        self.forwards.note(layer_idx, layer, state)
+        self.forwards.note(self, layer_idx, layer, state)
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def layer_at(self, index: int) -> Any:
@@ -166,7 +172,7 @@ class LeanKVCache(LazyLinearLayers):
         held = self.compressed
         if not held:
             return False
-        return self._flush_due or held[0].capacity_left < new <= self.config.flush
+        return self.flush_due or held[0].capacity_left < new <= self.config.flush
 
     def begin_step(self) -> None:
         """What the first update of a forward of one token does before anything changes, for a step without updates.
@@ -227,19 +233,25 @@ class LeanKVCache(LazyLinearLayers):
             OutOfPages: the pages cannot be had; nothing has changed.
         """
         planned = plan_flush(self.compressed)
-        for pool in self.pools:
-            work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
-            self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
+        pools = self.pools
+        try:
+            for pool in pools:
+                work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
+                self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
+        except OutOfPages:
+            for grown in pools[: pools.index(pool)]:
+                grown.trim()
+            raise
         with self.forwards.changing("flush"):
             for layer in self.lean_layers:
                 layer.generation += 1
             for flush in planned:
                 apply_flush(flush)
-        self._flush_due = False
+        self.flush_due = False
 
     def request_flush(self) -> None:
         """Flush before the next forward: a continued prompt has been appended without revising the past."""
-        self._flush_due = True
+        self.flush_due = True
 
     def reserve(self, pool: PagePool, work: list[tuple[PackedRows, Compaction]], slack: float = 0.0) -> None:
         """Make room for compactions that will be applied in this order, the pages that one frees serving the next."""
@@ -277,6 +289,11 @@ class LeanKVCache(LazyLinearLayers):
     @property
     def pools(self) -> list[PagePool]:
         return list(self._pools.values())
+
+    def layers_on(self, device: torch.device) -> int:
+        """Layers that share the pool of a device: all, but those that are known to be elsewhere."""
+        elsewhere = sum(tokens.device != device for tokens in self.compressed)
+        return max((self.layer_count or 1) - elsewhere, 1)
 
     def page_tokens(self, tokens: int, tiers: int) -> int:
         """Tokens per page: 64, or 32 where half-filled pages of 64 would waste over 1 % of a head's `tokens`."""
@@ -409,21 +426,25 @@ class LeanKVCache(LazyLinearLayers):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i a copy of today's sequence `beam_idx[i]`."""
-        self._select(beam_idx, lambda layer: layer.reorder_cache(beam_idx))
+        self._select(beam_idx, lambda layer, own: layer.reorder_cache(own))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
-        self._select(indices, lambda layer: layer.batch_select_indices(indices))
+        self._select(indices, lambda layer, own: layer.batch_select_indices(own))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         held = self.compressed
         index = torch.arange(held[0].fill.batch if held else 0).repeat_interleave(repeats)
-        self._select(index, lambda layer: layer.batch_repeat_interleave(repeats))
+        self._select(index, lambda layer, _: layer.batch_repeat_interleave(repeats))
 
     @plain_tensors()
-    def _select(self, index: Tensor, plain: Callable[[Any], None]) -> None:
-        """Make sequence i a copy of `index[i]` everywhere; `plain` does it for transformers' own layers."""
+    def _select(self, index: Tensor, plain: Callable[[Any, Tensor], None]) -> None:
+        """Make sequence i a copy of `index[i]` everywhere.
+
+        Args:
+            plain: does it for one of transformers' own layers, given it and the index on its device.
+        """
         held = self.compressed
         batch = held[0].fill.batch if held else 0
         if held and torch.equal(index.cpu(), torch.arange(batch)):
@@ -435,7 +456,8 @@ class LeanKVCache(LazyLinearLayers):
                 share_pages([tokens.packed for tokens in group], group[0].rows_of(own[group[0].device]))
             for layer in self.layers:
                 if not isinstance(layer, LeanKVLayer):
-                    plain(layer)
+                    place = getattr(layer, "device", None)
+                    plain(layer, index if place is None else index.to(place))
                 elif layer.tokens is not None:
                     layer.select(own[layer.tokens.device])
             if held and index.numel() < batch:

@@ -49,7 +49,8 @@ class LeanKVConfig:
         keep_share: share of the packed tokens that is kept at all, in (0, 1]; the rest is pruned.
         alpha_high: significance threshold of the first tier; 1 is what uniform attention gives (LeanKV, section 4).
         alpha_low: significance threshold below which a token is pruned.
-        budget: physical bytes per exact byte in (0, 1]; tiers and pruning follow from it.
+        budget: physical bytes per exact byte in (0, 1], of all devices together; tiers and pruning follow from it.
+            The pool of each device rounds up to whole chunks of at most 1 MiB per tier.
         policy: a function of `hfkv.policy.Candidates` that returns tiers, instead of all of the above.
         score: what shares and budget go by: a name in `hfkv.policy.SCORES`, several for their mix by rank, or a
             function of `Candidates`. None: `"replay"` where shares or a budget may prune, else `"attention"`.

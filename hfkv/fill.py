@@ -69,6 +69,17 @@ class Fill:
             self._rows[heads] = self.counts.repeat_interleave(heads)
         return self._rows[heads]
 
+    def equals(self, other: Fill) -> bool:
+        """Whether both say the same, on one device."""
+        numbers = [(x.uniform, x.most, x.seen, x.counts.device) for x in (self, other)]
+        if numbers[0] != numbers[1]:
+            return False
+        return (
+            torch.equal(self.counts, other.counts)
+            and _equal(self.positions, other.positions)
+            and _equal(self.pads, other.pads)
+        )
+
     def bias(self, queries: int) -> Tensor | None:
         """float32 [batch or 1, queries, most]: -inf where one of the newest `queries` may not look; None: no limit."""
         if self.uniform is not None and queries == 1:
@@ -155,49 +166,50 @@ def _ragged(uniform: int | None, counts: Tensor, most: int, positions: Tensor, s
 
 
 class FillBook:
-    """Works out each step's fill and padding once for all layers, by the identity of what they follow from."""
+    """Works out each step's fill and padding once for all layers of a device, by identity of what they follow from."""
 
     def __init__(self) -> None:
         self._fills: dict[tuple, tuple[tuple, Any]] = {}
-        self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
-        self._broken: tuple[Tensor | None, bool] = (None, False)
-        self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
+        self._masks: dict[torch.device, Tensor] = {}
+
+    def known_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The mask of an earlier layer that says the same: layers on another device than the mask get a copy each."""
+        if mask is None:
+            return None
+        known = self._masks.get(mask.device)
+        alike = known is not None and known.shape == mask.shape and known.dtype == mask.dtype
+        if known is not mask and not (alike and _equal(known, mask)):
+            known = self._masks[mask.device] = mask
+        return known
 
     def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
         """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
 
         `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token.
         """
-        if mask is None:
-            return None
-        if self._valid[0] is not mask or self._valid[1] != new:
-            last = mask[:, :, -1, -new:]
-            seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-            valid = seen.any(1)
-            self._valid = (mask, new, None if bool(valid.all()) else valid)
-        return self._valid[2]
+        return None if mask is None else self._once(("valid", mask.device), (mask, new), lambda: _real(mask, new))
 
     def broken(self, valid: Tensor | None) -> bool:
         """Whether some sequence has a pad behind a real token among `valid` bool [batch, new]; None: all are real."""
         if valid is None:
             return False
-        if self._broken[0] is not valid:
-            self._broken = (valid, bool((valid[:, :-1] & ~valid[:, 1:]).any()))
-        return self._broken[1]
+        return self._once(("broken", valid.device), (valid,), lambda: bool((valid[:, :-1] & ~valid[:, 1:]).any()))
 
     def agrees(self, mask: Tensor, fill: Fill, new: int, valid: Tensor | None) -> bool:
         """Whether a padding mask [batch, 1, 1, tokens] shows just the tokens held and the valid new ones."""
-        if self._agreed[0] is not mask or self._agreed[1] is not fill:
-            fresh = new if valid is None else valid.sum(1)
-            self._agreed = (mask, fill, bool((mask[:, 0, 0].sum(-1) == fill.lengths + fresh).all()))
-        return self._agreed[2]
+        return self._once(
+            ("agrees", mask.device),
+            (mask, fill, new, valid),
+            lambda: bool((mask[:, 0, 0].sum(-1) == fill.lengths + fresh_tokens(new, valid)).all()),
+        )
 
     def shown(self, fill: Fill, mask: Tensor) -> tuple[Fill, Tensor]:
         """The fill without the window's tokens that a padding mask hides by now, and the slots of the others."""
-        at = fill.token_positions.clamp_min(0)
-        return self._once(
-            ("drop", fill.counts.device), (fill, mask), lambda: drop(fill, ~mask[:, 0, 0].bool().gather(1, at))
-        )
+
+        def hidden() -> Tensor:
+            return ~mask[:, 0, 0].bool().gather(1, fill.token_positions.clamp_min(0))
+
+        return self._once(("drop", fill.counts.device), (fill, mask), lambda: drop(fill, hidden()))
 
     def empty(self, batch: int, device: torch.device) -> Fill:
         return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))
@@ -219,6 +231,22 @@ class FillBook:
         if known is None or not all(map(_same, known[0], key)):
             known = self._fills[name] = (key, make())
         return known[1]
+
+
+def fresh_tokens(new: int, valid: Tensor | None) -> Tensor | int:
+    """How many of `new` tokens are real, int64 [batch] or one number for all; `valid` bool [batch, new] or None."""
+    return new if valid is None else valid.sum(1)
+
+
+def _real(mask: Tensor, new: int) -> Tensor | None:
+    last = mask[:, :, -1, -new:]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    valid = seen.any(1)
+    return None if bool(valid.all()) else valid
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _same(a: Any, b: Any) -> bool:

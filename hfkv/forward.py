@@ -19,6 +19,7 @@ class ForwardBook:
         self._updates: dict[int, int] = {}
         self._lead = 0
         self._undo: list[tuple[int, Any, Any]] = []
+        self._flush_due = False  # as it was before the first of `_undo`
         self._changing: str | None = None
 
     def begins(self, cache: LeanKVCache, index: int) -> bool:
@@ -45,8 +46,10 @@ class ForwardBook:
         self.check(cache)
         self._undo = []
 
-    def note(self, index: int, layer: Any, state: Any) -> None:
+    def note(self, cache: LeanKVCache, index: int, layer: Any, state: Any) -> None:
         """Remember what a layer was before its update."""
+        if not self._undo:
+            self._flush_due = cache.flush_due
         self._undo.append((index, layer, state))
         self._updates[index] = self._updates.get(index, 0) + 1
 
@@ -77,6 +80,8 @@ class ForwardBook:
     def undo(self, cache: LeanKVCache) -> None:
         """Put every layer back to where it was before the forward that is failing."""
         with self.changing("failing forward"):
+            if self._undo:
+                cache.flush_due = self._flush_due
             for index, layer, state in reversed(self._undo):
                 self._updates[index] -= 1
                 if isinstance(layer, LeanKVLayer):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hfkv.fill import Fill
+from hfkv.fill import Fill, fresh_tokens
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import frozen
@@ -30,35 +30,55 @@ def drop_hidden(cache: LeanKVCache, mask: Tensor, new: int, valid: Tensor | None
         nothing has changed.
     """
     held = cache.compressed
-    fill = held[0].fill
-    if any(tokens.fill is not fill for tokens in held):
-        return False
-    after, slots = cache.fills.shown(fill, mask)
-    shown = mask[:, 0, 0].bool()
-    fresh = new if valid is None else valid.sum(1)
-    left = after.lengths + fresh - shown.sum(1)  # int64 [batch] packed tokens that are hidden
-    first = torch.where(fill.counts > 0, fill.token_positions[:, 0], fill.seen) if fill.most else left * 0 + fill.seen
-    position = torch.arange(shown.shape[1], device=shown.device)
-    newest = (position >= (first - left)[:, None]) & (position < first[:, None])
-    if bool((left < 0).any() | (newest & shown).any()):
-        return False
+    parts: dict[int, _Hidden] = {}  # by fill: one on each device
+    for tokens in held:
+        if id(tokens.fill) not in parts:
+            here = tokens.device
+            found = _hidden(cache, tokens.fill, mask.to(here), new, None if valid is None else valid.to(here))
+            if found is None:
+                return False
+            parts[id(tokens.fill)] = found
     work = []
     for group in alike(held):
         packed = PackedRows.stacked([tokens.packed for tokens in group])
-        removal = _plan(group, packed, shown, left)
+        part = parts[id(group[0].fill)]
+        removal = _plan(group, packed, part.shown, part.packed)
         if removal is None:
             return False
         work.append((group, packed, removal))
-    pads = left if after.pads is None else after.pads + left
-    after = Fill(after.uniform, after.counts, after.most, after.positions, after.seen, pads)
     with cache.forwards.changing("removal of masked tokens"):
         for group, packed, (plan, coded) in work:
             group[0].kernels.apply(packed, plan, coded)
             packed.hand_back([tokens.packed for tokens in group])
         for tokens in held:
-            tokens.window, tokens.fill = tokens.window.keep(slots), after
+            part = parts[id(tokens.fill)]
+            tokens.window, tokens.fill = tokens.window.keep(part.slots), part.after
         cache.forwards.renew()
     return True
+
+
+class _Hidden(NamedTuple):
+    """What a mask hides of the sequences of a fill."""
+
+    shown: Tensor  # bool [batch, tokens]
+    packed: Tensor  # int64 [batch], packed tokens that are hidden
+    slots: Tensor  # int64 [batch, n], slots of the window that stay
+    after: Fill
+
+
+def _hidden(cache: LeanKVCache, fill: Fill, mask: Tensor, new: int, valid: Tensor | None) -> _Hidden | None:
+    """None where the mask shows more than is held, or hides other packed tokens than the newest."""
+    after, slots = cache.fills.shown(fill, mask)
+    shown = mask[:, 0, 0].bool()
+    left = after.lengths + fresh_tokens(new, valid) - shown.sum(1)
+    first = torch.where(fill.counts > 0, fill.token_positions[:, 0], fill.seen) if fill.most else left * 0 + fill.seen
+    position = torch.arange(shown.shape[1], device=shown.device)
+    newest = (position >= (first - left)[:, None]) & (position < first[:, None])
+    if bool((left < 0).any() | (newest & shown).any()):
+        return None
+    pads = left if after.pads is None else after.pads + left
+    after = Fill(after.uniform, after.counts, after.most, after.positions, after.seen, pads)
+    return _Hidden(shown, left, slots, after)
 
 
 def _plan(

@@ -168,6 +168,7 @@ class LeanKVLayer(DynamicLayer):
                 f"layer {self.index}: keys and values of an earlier forward were read after a flush, crop, reorder or "
                 "reset"
             )
+        mask = self.cache.fills.known_mask(mask)
         valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2])
         if self._is_first(chunk):
             out = self._made(chunk).kernels.attend_own(chunk, q, mask, valid, call)

@@ -39,6 +39,7 @@ class LayerReport:
         head_bytes: int64 [batch, kv_heads], pages of the head; one that sequences share counts at the first of them.
         physical_bytes, exact_bytes: sums for this layer; exact_bytes is 0 where it is not compressed.
         shared_bytes: what pages that sequences share would take beside that, had each sequence its own.
+        device: where a compressed layer lies, as cuda:1.
     """
 
     index: int
@@ -53,6 +54,7 @@ class LayerReport:
     physical_bytes: int = 0
     exact_bytes: int = 0
     shared_bytes: int = 0
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Report:
         layers: one `LayerReport` each.
         backend: what runs the kernels, `triton`, `torch` or `inductor`; `none` before the first prompt.
         shared_bytes: what pages that sequences share would take beside `physical_bytes`, had each sequence its own.
+        device_bytes: `physical_bytes` by device; each has a page pool of its own, and `max_bytes` limits each.
     """
 
     physical_bytes: int
@@ -82,6 +85,7 @@ class Report:
     layers: list[LayerReport]
     backend: str
     shared_bytes: int
+    device_bytes: dict[str, int]
 
     @property
     def ratio(self) -> float:
@@ -115,6 +119,10 @@ class Report:
             for name, size in self.bytes.items()
             if size
         ]
+        if len(self.device_bytes) > 1:
+            for device, size in self.device_bytes.items():
+                own = ", ".join(str(layer.index) for layer in compressed if layer.device == device)
+                lines.append(f"  on {device}: {_size(size)}, layers {own}")
         if self.shared_bytes:
             lines.append(f"  pages that sequences share spare {_size(self.shared_bytes)}")
         if self.plain_bytes:
@@ -143,7 +151,23 @@ def make_report(cache: LeanKVCache) -> Report:
     shared = sum(layer.shared_bytes for layer in layers)
     slack = sum(pool.slack_bytes for pool in pools if isinstance(pool, SealingPool))
     seen = cache.get_seq_length()
-    return Report(physical, exact, plain, free - slack, slack, space, seen, layers, backend, shared)
+    return Report(
+        physical, exact, plain, free - slack, slack, space, seen, layers, backend, shared, _by_device(cache, layers)
+    )
+
+
+def _by_device(cache: LeanKVCache, layers: list[LayerReport]) -> dict[str, int]:
+    held: Counter[str] = Counter()
+    for pool in cache.pools:
+        held[str(pool.device)] += pool.physical_bytes - pool.used_bytes
+    for device, workspace in cache.workspaces.items():
+        held[str(device)] += workspace.nbytes
+    for layer in layers:
+        if layer.device is not None:
+            held[layer.device] += layer.physical_bytes
+    if cache.decode_step is not None:
+        held[str(cache.pools[0].device)] += cache.decode_step.nbytes
+    return dict(held)
 
 
 @dataclass(frozen=True)
@@ -227,8 +251,9 @@ def _layer_report(cache: LeanKVCache, index: int, layer: Any) -> LayerReport:
         "tables": held.table_bytes,
     }
     exact = int(real.sum()) * heads * (window.k.shape[3] + window.v.shape[3]) * window.k.element_size()
+    physical, rotations, device = sum(parts.values()), held.rotations, str(held.device)
     return LayerReport(
-        index, kind, True, None, names, held.rotations, tokens, parts, head_bytes, sum(parts.values()), exact, shared
+        index, kind, True, None, names, rotations, tokens, parts, head_bytes, physical, exact, shared, device
     )
 
 

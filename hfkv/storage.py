@@ -54,7 +54,7 @@ def save(cache: LeanKVCache, path: str | os.PathLike[str]) -> None:
         "layer_count": cache.layer_count,
         "encoder_decoder": cache.encoder_decoder,
         "recording": cache._recording,
-        "flush_due": cache._flush_due,
+        "flush_due": cache.flush_due,
         "plain_reasons": {str(index): reason for index, reason in cache.plain_reasons.items()},
         "fills": [_fill_state(fill, f"fill{number}", writer) for number, fill in enumerate(fills)],
         "layers": layers,
@@ -81,12 +81,12 @@ def load(cls: type[C], path: str | os.PathLike[str], device: torch.device | str 
     cache = cls(config)
     with safe_open(path, framework="pt") as file:
         reader = TensorReader(file.get_tensor, None if device is None else torch.device(device), str(path))
-        fills = [_read_fill(fields, reader) for fields in state["fills"]]
-        cache._page_tokens = state["page_tokens"]
+        fills = _each_once([_read_fill(fields, reader) for fields in state["fills"]])
+        cache._page_tokens, cache.layer_count = state["page_tokens"], state["layer_count"]
         cache.layers = [_read_layer(cache, index, fields, reader) for index, fields in enumerate(state["layers"])]
         _fill_layers(cache, state["layers"], fills, reader)
-    cache.layer_count, cache.encoder_decoder = state["layer_count"], state["encoder_decoder"]
-    cache._recording, cache._flush_due = state["recording"], state["flush_due"]
+    cache.encoder_decoder, cache._recording = state["encoder_decoder"], state["recording"]
+    cache.flush_due = state["flush_due"]
     cache.plain_reasons = {int(index): reason for index, reason in state["plain_reasons"].items()}
     cache.fingerprint = Fingerprint.from_json(metadata["model"])
     return cache
@@ -236,6 +236,14 @@ def _read_fill(fields: dict[str, Any], reader: TensorReader) -> Fill:
         fields["seen"],
         None if pads is None else pads.long(),
     )
+
+
+def _each_once(fills: list[Fill]) -> list[Fill]:
+    """Fills of several devices that have come to one are one: their layers go on together."""
+    known: list[Fill] = []
+    for fill in fills:
+        known.append(next((other for other in known if other.equals(fill)), fill))
+    return known
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def plan_tiers(
     check = layers[0].kernels.checker(packed, incoming)
     now = [torch.where(filled, (HIGH, LOW)[tier], EMPTY) for tier, (filled, _) in enumerate(stored)]
     current = torch.cat([*now, torch.where(incoming.valid, NEW, EMPTY)], 1).to(torch.int8)
-    if not layers[0].config.selects:
+    if not layers[0].config.selects or not current.shape[1]:
         empty = [filled.float() for filled, _ in stored]
         return packed.plan(torch.full_like(current, HIGH), current, empty, False, check)
     old = [parts["score"].float() for _, parts in stored]

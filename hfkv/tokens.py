@@ -76,6 +76,7 @@ class LayerTokens:
             for tier in config.tiers
         ]
         basis, self.rotations = _basis(config, key_dim, value_dim, pool.device)
+        self.sharers = cache.layers_on(self.device)  # stays: counting more idle pages later would only prune more
         self.packed = PackedLayer(pool, layouts, batch * heads, basis, bool(config.shift_keys))
         self.choose_kernels()
         self.window = Window.like(chunk.k, chunk.v, config.window + config.flush)
@@ -115,11 +116,11 @@ class LayerTokens:
         """What a policy with a budget has to add up, per sequence."""
         layouts = self.packed.layouts
         exact = (layouts[0].key.dim + layouts[0].value.dim) * self.dtype.itemsize
-        pool, layers = self.packed.pool, max(self.cache.layer_count or 1, 1)
+        pool = self.packed.pool
         chunk = pool.chunk_for(int((self.config.budget or 1.0) * exact * self.packed.rows * self.fill.seen))
         idle = max(chunk * len(layouts), pool.physical_bytes - pool.used_bytes)  # free pages of all layers
         ahead = self.packed.bytes_ahead(self.fill.seen)
-        fixed = math.ceil((self.unpaged_bytes + ahead + idle / layers) / self.fill.batch)
+        fixed = math.ceil((self.unpaged_bytes + ahead + idle / self.sharers) / self.fill.batch)
         return Costs(tuple(layout.token_bytes for layout in layouts), layouts[0].tokens, exact, fixed)
 
     @property

@@ -270,3 +270,20 @@ def test_interrupted_generate_of_an_enabled_model_leaves_nothing() -> None:
     assert live(PagePool) == 0
     want = native("llama").generate(prompt(100), **options)
     assert torch.equal(model.generate(prompt(100), **options), want)
+
+
+@pytest.mark.parametrize("preset", ["exact", "k8v4", "balanced", "aggressive", "paper"])
+def test_a_flush_of_nothing(preset: str) -> None:
+    """Before anything is packed, and twice in a row."""
+    said = []
+    for flushes in (0, 2):
+        cache = LeanKVCache(LeanKVConfig.preset(preset, window=16, flush=8))
+        with torch.no_grad():
+            lean("llama")(prompt(10), past_key_values=cache)
+            for _ in range(flushes):
+                cache.flush()
+            lean("llama")(prompt(40), past_key_values=cache)
+            said.append(lean("llama")(prompt(3), past_key_values=cache).logits)
+        for _ in range(flushes):
+            cache.flush()
+    assert torch.equal(*said)
