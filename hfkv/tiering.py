@@ -10,10 +10,12 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.material import LayerMaterial
+from hfkv.paging.bounds import most_pages, table_has_room
 from hfkv.paging.compaction import Compaction
+from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import frozen
-from hfkv.policy import Candidates, Shares, Thresholds, only_down
+from hfkv.policy import Candidates, Shares, Thresholds, keeps_quota, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED
 from hfkv.window import Sequences
 
@@ -29,28 +31,66 @@ Stored = list[tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Flush:
-    """The part of a flush that concerns layers that are alike, decided and coded, not yet done."""
+    """The part of a flush that concerns layers that are alike, decided, not yet done."""
 
     layers: list[LayerTokens]
     packed: PackedRows  # the rows of all of them
     plan: Compaction
-    coded: Any  # as the layers' kernels want them
+    incoming: Incoming
     sequences: list[Sequences]
     leaving: Tensor  # int64 [batch]
 
+    @property
+    def entering(self) -> int:
+        """Tokens that enter a row at most."""
+        return self.incoming.valid.shape[1]
+
+    @property
+    def most(self) -> list[list[int]]:
+        """Pages that it needs at most, where `is_bounded`."""
+        return most_pages(self.packed, self.entering, self.layers[0].window.heads)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the host can tell, without asking the device, what the flush needs at most, and its tables hold it.
+
+        It cannot where the kernels need numbers on the host, where pages are shared, or where a policy may make any
+        number of tokens low.
+        """
+        first, packed = self.layers[0], self.packed
+        if not first.kernels.defers or packed.pool.owners is not None or callable(first.config.score):
+            return False
+        demotes = packed.tiers > 1 and not all(t.within_quota and keeps_quota(t.policy) for t in self.layers)
+        return not demotes and table_has_room(packed, self.entering)
+
 
 def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
-    """Decide what a flush does to layers, changing nothing.
-
-    Raises:
-        ValueError: NaN, infinity, or a scale beyond its format, in a window.
-    """
+    """Decide what a flush does to layers, changing nothing."""
     return [_plan_group(group) for group in alike(layers)]
 
 
-def apply_flush(flush: Flush) -> None:
+def count_flush(pool: PagePool, flushes: list[Flush]) -> None:
+    """Let the host know the numbers of all plans of a pool: its one look at the device."""
+    numbers = torch.cat([*(flush.plan.numbers for flush in flushes), pool.used_pages]).tolist()
+    for flush in flushes:
+        own = flush.plan.numbers.numel()
+        flush.packed.count(flush.plan, numbers[:own])
+        numbers = numbers[own:]
+    pool.note_used(numbers)
+
+
+def code_flush(flush: Flush) -> Any:
+    """The incoming tokens as `apply_flush` wants them.
+
+    Raises:
+        ValueError: NaN, infinity, or a scale beyond its format, in a window, where the host knows.
+    """
+    return flush.layers[0].kernels.code(flush.packed, flush.plan, flush.incoming)
+
+
+def apply_flush(flush: Flush, coded: Any) -> None:
     """Do what `plan_flush` decided; the pool has room for it."""
-    flush.layers[0].kernels.apply(flush.packed, flush.plan, flush.coded)
+    flush.layers[0].kernels.apply(flush.packed, flush.plan, coded)
     flush.packed.settle()
     flush.packed.hand_back([tokens.packed for tokens in flush.layers])
     for tokens, sequences in zip(flush.layers, flush.sequences, strict=True):
@@ -58,6 +98,7 @@ def apply_flush(flush: Flush) -> None:
         tokens.window = tokens.window.keep_last(sequences, flush.leaving, tokens.fill)
         tokens.queries.clear()
         tokens.whole, tokens.reconstruction = False, None
+        tokens.within_quota = flush.packed.pool.owners is None  # tokens of shared pages stay high beyond it
 
 
 def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
@@ -92,7 +133,7 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
         for t, own in zip(layers, sequences, strict=True)
     ]
     plan = plan_tiers(layers, packed, incoming, stored, fill, materials, rescored=True)
-    return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
+    return Flush(layers, packed, plan, incoming, sequences, leaving)
 
 
 def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequences], stored: Stored) -> Tensor:
@@ -152,7 +193,7 @@ def plan_tiers(
     materials: list[LayerMaterial],
     rescored: bool,
 ) -> Compaction:
-    """Ask the scores and policies of layers that are alike; new scores go into `incoming` and `stored`.
+    """Ask the scores and policies of layers that are alike -> a draft; new scores go into `incoming` and `stored`.
 
     Args:
         packed: the rows of all of them.
@@ -165,7 +206,7 @@ def plan_tiers(
     current = torch.cat([*now, torch.where(incoming.valid, NEW, EMPTY)], 1).to(torch.int8)
     if not layers[0].config.selects:
         empty = [filled.float() for filled, _ in stored]
-        return packed.plan(torch.full_like(current, HIGH), current, empty, False, check)
+        return packed.draft(torch.full_like(current, HIGH), current, empty, False, check)
     old = [parts["score"].float() for _, parts in stored]
     birth = torch.cat([*(parts["birth"].long() for _, parts in stored), incoming.birth], 1)
     own = layers[0].score is not None
@@ -182,7 +223,7 @@ def plan_tiers(
         target = torch.where(current == NEW, target, current)
         if layers[0].config.reconstructs:  # the second pass decides what is pruned
             target = torch.where(target == PRUNED, LOW if packed.tiers == 2 else HIGH, target)
-    return packed.plan(target, current, old, rescored, check)
+    return packed.draft(target, current, old, rescored, check)
 
 
 def _candidates(
@@ -209,6 +250,7 @@ def _candidates(
             costs=tokens.costs if shared is None else shared,
             material=material,
             prompt=prompt,
+            span=after.seen,
         )
         for tokens, material, own_score, own_birth, own_tier in zip(layers, materials, *parts, strict=True)
     ]
@@ -263,7 +305,7 @@ def _together(asked: list[Candidates]) -> Candidates:
 def _check_fixed_cost(tokens: LayerTokens, candidates: Candidates) -> None:
     if tokens.config.budget is None:
         return
-    exact = candidates.length * candidates.tier.shape[1] * candidates.costs.exact_token  # [batch]
-    ratio = candidates.costs.fixed / max(int(exact.max()), 1)
+    length = int(candidates.length.max()) if candidates.span is None else candidates.span
+    ratio = candidates.costs.fixed / max(length * candidates.tier.shape[1] * candidates.costs.exact_token, 1)
     if ratio > tokens.config.budget:
         tokens.cache.note_fixed_cost(ratio)

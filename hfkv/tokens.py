@@ -83,6 +83,7 @@ class LayerTokens:
         self.fill = cache.fills.empty(batch, self.device)
         self.call: Call | None = None
         self.whole = False  # a prompt was stored whole, until its reconstruction says what to prune
+        self.within_quota = False  # no more tokens are high than the policy's quota, as behind a flush
         self.reconstruction: Tensor | None = None  # [rows, stored slots and window], largest probability so far
 
     def bind(self, cache: LeanKVCache) -> None:
@@ -166,7 +167,7 @@ class LayerTokens:
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()
-        self.whole = self.config.reconstructs
+        self.whole, self.within_quota = self.config.reconstructs, False
         if lse is not None and self.config.selects:
             self.queries.add_tail(q, after.seen)
             self.cache.request_flush()
@@ -190,6 +191,7 @@ class LayerTokens:
         widths = [filled.shape[1] for filled, _ in stored]
         material = LayerMaterial(self, packed, sequences, widths, incoming.valid.shape[1], call, q, valid)
         plan = plan_tiers([self], packed, incoming, stored, sequences.fill, [material], rescored=False)
+        packed.count(plan, plan.numbers.tolist())
         coded = self.kernels.code(packed, plan, incoming)
         self.cache.reserve(packed.pool, [(packed, plan)])
         self.kernels.apply(packed, plan, coded)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
 from hfkv.handle import Chunk
-from hfkv.kernels.quantize_pack import Basis
+from hfkv.kernels.quantize_pack import Basis, check_flags
 from hfkv.kernels.triton import (
     append,
     chunk_attention,
@@ -22,7 +22,7 @@ from hfkv.kernels.triton import (
     prompt_attention,
 )
 from hfkv.kernels.triton.constants import power_of_two
-from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
+from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
 from hfkv.observe import SCORE_HORIZON, kept_queries, newest_queries
@@ -46,6 +46,7 @@ class FusedKernels:
     """
 
     name = "triton"
+    defers = True
 
     def __init__(self, device: torch.device, spaces: dict[torch.device, Any]) -> None:
         self.space: Workspace = spaces.setdefault(device, Workspace.on(device))

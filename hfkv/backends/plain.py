@@ -138,6 +138,7 @@ class PlainKernels:
 
     name = "torch"
     nbytes = 0
+    defers = False
 
     view = staticmethod(PackedLayer.work)
     attend_own = staticmethod(attend_own)

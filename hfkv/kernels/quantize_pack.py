@@ -15,6 +15,9 @@ LARGEST_SCORE = 65504.0
 Tokens = dict[str, Tensor]
 """Packed tokens by part of the page layout: `key` [n, rows], `value` [n, rows], every other part [n]."""
 
+NOT_FINITE, BEYOND_BYTE, BEYOND_HALF = 1, 2, 4
+"""Bits by which kernels flag what cannot be coded: NaN or infinity, a scale beyond a byte, metadata beyond fp16."""
+
 
 @dataclass
 class Basis:
@@ -80,3 +83,21 @@ def unpack_tokens(layout: PageLayout, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """Packed tokens -> keys [n, D] and values [n, Dv], float32 in the rotated basis, mean still subtracted."""
     keys = decode(layout.key, tokens["key"], tokens.get("key_scale"), tokens.get("key_zero"))
     return keys, decode(layout.value, tokens["value"], tokens.get("value_scale"), tokens.get("value_zero"))
+
+
+def check_flags(flags: int, late: bool = False) -> None:
+    """Raise the ValueError of `pack_tokens` for what a kernel has flagged.
+
+    Args:
+        late: it was stored already, since nobody has waited for the device.
+    """
+    if not flags:
+        return
+    if flags & NOT_FINITE:
+        what, remedy = "keys or values hold NaN or infinite entries", "check the model's output and dtype"
+    elif flags & BEYOND_BYTE:
+        what, remedy = "a vector needs a scale beyond one byte", "use LeanKVConfig(codec='minmax')"
+    else:
+        what, remedy = "a vector is beyond fp16 metadata", "use a tier of 'exact'"
+    done = "the flush before this one has packed them; call cache.reset() and" if late else "nothing was stored;"
+    raise ValueError(f"{what}: {done} {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from hfkv.kernels.quantize_pack import Tokens, code_tokens, unpack_tokens
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import PageLayout
+
+if TYPE_CHECKING:
+    from hfkv.paging.sharing import Copies
 
 
 @dataclass
@@ -25,12 +29,14 @@ class Compaction:
         entering: per tier, bool [rows, n] of incoming tokens.
         lengths: int64 [rows, tiers] afterwards.
         scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
-        growth: per tier, on the host: pages that rows need anew, and give back.
-        widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
+        numbers: int64 [n], what the host may want to know, see `PackedRows.count`: the attributes below.
+        sharing: shared pages that would change.
+        growth: per tier: pages that rows need anew, and give back.
+        widest: pages of the longest row afterwards: per tier, then of all tiers together.
         flags: what the check of the incoming tokens found, 0 for nothing.
         copied: per tier, bool [rows, pages]: shared pages of which a row needs a copy, to change it; None: no page is
             shared.
-        copies: per tier, on the host: how many pages are copied.
+        copies: per tier: how many pages are copied.
     """
 
     stay: list[Tensor]
@@ -38,11 +44,18 @@ class Compaction:
     entering: list[Tensor]
     lengths: Tensor
     scores: list[Tensor] | None
-    growth: list[list[int]]
-    widest: list[int]
+    numbers: Tensor
+    sharing: Copies
+    growth: list[list[int]] = field(default_factory=list)
+    widest: list[int] = field(default_factory=list)
     flags: int = 0
     copied: list[Tensor] | None = None
     copies: list[int] = field(default_factory=list)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the host knows the numbers."""
+        return bool(self.widest)
 
 
 class TierEdit:

@@ -34,7 +34,7 @@ class PackedLayer(PackedRows):
         self._work: WorkList | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_work": None}
+        return {**super().__getstate__(), "_work": None}
 
     @property
     def metadata_bytes(self) -> int:

@@ -95,6 +95,8 @@ class Candidates:
         costs: bytes, see `Costs`.
         material: keys, values and attention, read when first asked for; None where there are none.
         prompt: True while a prompt (or a long chunk of one) is stored: stored tokens then stay as they are.
+        span: logical tokens so far, pads included: what the host knows of `length` and `birth` without asking the
+            device, for all are at most (`birth` less than) that. None: it has to ask.
     """
 
     score: Tensor
@@ -106,6 +108,7 @@ class Candidates:
     costs: Costs
     material: Material | None = None
     prompt: bool = False
+    span: int | None = None
 
     @property
     def exists(self) -> Tensor:

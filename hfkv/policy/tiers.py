@@ -121,6 +121,14 @@ def only_down(c: Candidates, tiers: Tensor) -> Tensor:
     return torch.where((c.tier == LOW) & (tiers == HIGH), LOW, tiers)
 
 
+def keeps_quota(policy: Policy) -> bool:
+    """Whether a flush makes no more tokens of a layer and sequence low than enter it, if the last flush did it too.
+
+    So it is where a number of tokens may be high that never falls: those beyond it are at most as many as are new.
+    """
+    return isinstance(policy, Shares)
+
+
 def keep_all(c: Candidates) -> Tensor:
     """Every token in the first tier: `exact`, `k8v4`."""
     return torch.full_like(c.tier, HIGH)

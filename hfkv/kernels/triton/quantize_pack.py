@@ -32,9 +32,6 @@ from hfkv.kernels.triton.constants import (
 from hfkv.quant import GAUSS_STEP, Codec, PageLayout
 
 BLOCK = 32
-NOT_FINITE, BEYOND_BYTE, BEYOND_HALF = 1, 2, 4
-"""Bits of the flag: NaN or infinity, a scale that no byte holds, fp16 metadata out of range."""
-
 SLICES = {0: 1, 8: 1, 4: 2, 3: 8, 2: 4}
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -342,15 +339,3 @@ def pack_rows(
             SAFE=safe_norm(getattr(pages.layout, side)), BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
             **side_constants(pages.layout, side), num_warps=4,
         )  # fmt: skip
-
-
-def check_flags(flags: int) -> None:
-    """Raise the ValueError that the twin would for what `pack_rows` has flagged."""
-    if flags & NOT_FINITE:
-        raise ValueError(
-            "keys or values hold NaN or infinite entries: nothing was stored; check the model's output and dtype"
-        )
-    if flags & BEYOND_BYTE:
-        raise ValueError("a vector needs a scale beyond one byte: use LeanKVConfig(codec='minmax')")
-    if flags & BEYOND_HALF:
-        raise ValueError("a vector is beyond fp16 metadata: use a tier of 'exact'")
