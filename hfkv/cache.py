@@ -231,7 +231,7 @@ class LeanKVCache(LazyLinearLayers):
         slack = FLUSH_SLACK if self.config.budget is None else 0.0
         for pool in self.pools:
             own = [flush for flush in planned if flush.packed.pool is pool]
-            if own and all(flush.is_bounded for flush in own) and self._has_room(pool, own):
+            if own and self._has_room(pool, own):
                 awaited.append((pool, own))
             elif own:
                 count_flush(pool, own)
@@ -256,10 +256,13 @@ class LeanKVCache(LazyLinearLayers):
             check_flags(pool.uncodable, late=True)
 
     def _has_room(self, pool: PagePool, flushes: list[Flush]) -> bool:
-        """Whether a pool has the pages that flushes may need at most; they are made ready then."""
+        """Whether a pool surely has the pages that flushes need; they are made ready then."""
         peak: dict[int, int] = {}
         for flush in flushes:
-            for cls, (needed, _) in zip(flush.packed.classes, flush.most, strict=True):
+            most = flush.most
+            if most is None:
+                return False
+            for cls, (needed, _) in zip(flush.packed.classes, most, strict=True):
                 peak[cls] = peak.get(cls, 0) + needed
         if not pool.has_room(peak):
             return False

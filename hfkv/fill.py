@@ -155,20 +155,48 @@ class FillBook:
         self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
         self._broken: tuple[Tensor | None, bool] = (None, False)
         self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
+        self._shown: Tensor | None = None  # the 2-D mask of the running forward, where somebody shows it
+        self._grown = False
+        self._known: tuple[Tensor | None, int, Fill | None] = (None, 0, None)  # one that agreed, and what is held now
 
-    def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
+    def show(self, mask: Tensor | None, made_from: Tensor | None) -> None:
+        """A forward begins with a padding mask [batch, tokens], made from another by ones, or from None."""
+        known, unchanged, _ = self._known
+        self._grown = made_from is not None and made_from is known and version(made_from) == unchanged
+        self._shown = mask
+
+    def valid_tokens(self, mask: Tensor | None, new: int, fill: Fill | None = None) -> Tensor | None:
         """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
 
-        `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token.
+        `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token. The
+        device is asked together whether it agrees with what is held, `fill`; not at all where `generate` has only grown
+        a mask that agreed.
         """
         if mask is None:
             return None
         if self._valid[0] is not mask or self._valid[1] != new:
+            if self._only_grown(mask, new, fill):
+                self._valid, self._agreed = (mask, new, None), (mask, fill, True)
+                return None
             last = mask[:, :, -1, -new:]
             seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
             valid = seen.any(1)
-            self._valid = (mask, new, None if bool(valid.all()) else valid)
+            found = [valid.all()]
+            padding = fill is not None and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1
+            if fill is not None and padding:
+                found.append((mask[:, 0, 0].sum(-1) == fill.lengths + new).all())
+            all_real, *agrees = torch.stack(found).tolist()
+            self._valid = (mask, new, None if all_real else valid)
+            if all_real and agrees:
+                self._agreed = (mask, fill, agrees[0])
         return self._valid[2]
+
+    def _only_grown(self, mask: Tensor, new: int, fill: Fill | None) -> bool:
+        before, _, held = self._known
+        if not self._grown or self._shown is None or before is None or fill is None or fill is not held:
+            return False
+        batch, tokens = self._shown.shape
+        return mask.dtype == torch.bool and mask.shape == (batch, 1, 1, tokens) and tokens == before.shape[1] + new
 
     def broken(self, valid: Tensor | None) -> bool:
         """Whether some sequence has a pad behind a real token among `valid` bool [batch, new]; None: all are real."""
@@ -196,10 +224,17 @@ class FillBook:
         return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))
 
     def advanced(self, fill: Fill, new: int, valid: Tensor | None) -> Fill:
-        return self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
+        after = self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
+        first = fill.seen == 0 and self._shown is not None and self._shown.shape == (fill.batch, new)
+        if first or (valid is None and self._agreed[1] is fill and self._agreed[2]):
+            self._known = (self._shown, 0 if self._shown is None else version(self._shown), after)
+        return after
 
     def left(self, fill: Fill, leaving: Tensor, window: int) -> Fill:
-        return self._once(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
+        after = self._once(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
+        if self._known[2] is fill:  # a flush takes nothing away
+            self._known = (*self._known[:2], after)
+        return after
 
     def cropped(self, fill: Fill, remove: int) -> Fill:
         return self._once(("crop", fill.counts.device), (fill, remove), lambda: crop(fill, remove))
@@ -212,6 +247,11 @@ class FillBook:
         if known is None or not all(map(_same, known[0], key)):
             known = self._fills[name] = (key, make())
         return known[1]
+
+
+def version(x: Tensor) -> int:
+    """Grows whenever somebody writes into a tensor; of inference tensors nobody knows."""
+    return 0 if x.is_inference() else x._version
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -56,7 +56,7 @@ def drop_hidden(cache: LeanKVCache, mask: Tensor, new: int, valid: Tensor | None
             group[0].kernels.apply(packed, plan, coded)
             packed.hand_back([tokens.packed for tokens in group])
         for tokens in held:
-            tokens.window, tokens.fill, tokens.within_quota = tokens.window.keep(slots), after, False
+            tokens.window, tokens.fill = tokens.window.keep(slots), after
         cache.forwards.renew()
     return True
 

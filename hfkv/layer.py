@@ -168,7 +168,8 @@ class LeanKVLayer(DynamicLayer):
                 f"layer {self.index}: keys and values of an earlier forward were read after a flush, crop, reorder or "
                 "reset"
             )
-        valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2])
+        fill = None if self.tokens is None or chunk.stored else self.tokens.fill
+        valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2], fill)
         if self._is_first(chunk):
             out = self._made(chunk).kernels.attend_own(chunk, q, mask, valid, call)
             if not chunk.stored:

@@ -197,7 +197,7 @@ def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[F
                 packed.pool.release(cls, ids)  # every mention is an owner, having been allocated is none
                 ids = named
             table.write(tier, *ragged_index(counts[tier]), ids)
-        packed.table, packed.widest = table, [int(n.max()) for n in (*counts, sum(counts))]
+        packed.table, packed.widest = table, [int(n.max()) for n in (*counts, torch.stack(counts).sum(0))]
         packed.changed()
 
 

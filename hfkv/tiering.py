@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.material import LayerMaterial
-from hfkv.paging.bounds import most_pages, table_has_room
+from hfkv.paging.bounds import most_ahead, most_pages
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import frozen
-from hfkv.policy import Candidates, Shares, Thresholds, keeps_quota, only_down
+from hfkv.policy import Candidates, Shares, Thresholds, keeps_quota, observes_new, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED
 from hfkv.window import Sequences
 
@@ -41,27 +42,20 @@ class Flush:
     leaving: Tensor  # int64 [batch]
 
     @property
-    def entering(self) -> int:
-        """Tokens that enter a row at most."""
-        return self.incoming.valid.shape[1]
+    def most(self) -> list[list[int]] | None:
+        """Pages that it needs at most, as `Compaction.growth`; None where the host would have to ask the device.
 
-    @property
-    def most(self) -> list[list[int]]:
-        """Pages that it needs at most, where `is_bounded`."""
-        return most_pages(self.packed, self.entering, self.layers[0].window.heads)
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the host can tell, without asking the device, what the flush needs at most, and its tables hold it.
-
-        It cannot where the kernels need numbers on the host, where pages are shared, or where a policy may make any
-        number of tokens low.
+        So it is where the kernels need numbers on the host, where a page table may have to grow, where pages are
+        shared, behind a prompt or another change of the rows, and where a policy may make any number of tokens low.
         """
         first, packed = self.layers[0], self.packed
         if not first.kernels.defers or packed.pool.owners is not None or callable(first.config.score):
-            return False
-        demotes = packed.tiers > 1 and not all(t.within_quota and keeps_quota(t.policy) for t in self.layers)
-        return not demotes and table_has_room(packed, self.entering)
+            return None
+        if packed.tiers > 1 and not all(keeps_quota(tokens.policy) for tokens in self.layers):
+            return None
+        if self.incoming.valid.shape[1] > first.config.flush:
+            return None
+        return most_pages([tokens.packed for tokens in self.layers])
 
 
 def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
@@ -98,7 +92,9 @@ def apply_flush(flush: Flush, coded: Any) -> None:
         tokens.window = tokens.window.keep_last(sequences, flush.leaving, tokens.fill)
         tokens.queries.clear()
         tokens.whole, tokens.reconstruction = False, None
-        tokens.within_quota = flush.packed.pool.owners is None  # tokens of shared pages stay high beyond it
+    if flush.packed.pool.owners is None:  # tokens of shared pages may stay high beyond their quota
+        for tokens, ahead in zip(flush.layers, flush.plan.ahead, strict=True):
+            tokens.packed.ahead = ahead
 
 
 def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
@@ -128,11 +124,16 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
     score = _observe(layers, packed, sequences, stored) if observes else None
     incoming = incoming_tokens(sequences, leaving, window, score)
     widths = [filled.shape[1] for filled, _ in stored]
+    new = first.config.selects and observes_new(first.score) and not first.whole
+    seen = _observe_new(layers, sequences, stored) if new else [None] * len(layers)
     materials = [
-        LayerMaterial(t, t.packed, own, widths, incoming.valid.shape[1], t.call)
-        for t, own in zip(layers, sequences, strict=True)
+        LayerMaterial(t, t.packed, own, widths, incoming.valid.shape[1], t.call, observed=fresh)
+        for t, own, fresh in zip(layers, sequences, seen, strict=True)
     ]
     plan = plan_tiers(layers, packed, incoming, stored, fill, materials, rescored=True)
+    entering, heads = first.config.flush, first.window.heads
+    ahead = most_ahead(plan.lengths, packed.layouts[0].tokens, entering, len(layers), heads)
+    plan.numbers, plan.ahead = torch.cat([plan.numbers, ahead.flatten()]), [[] for _ in layers]
     return Flush(layers, packed, plan, incoming, sequences, leaving)
 
 
@@ -141,17 +142,31 @@ def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequ
 
     Tokens in pages that sequences share keep their scores.
     """
-    rows, scores = layers[0].packed.rows, []
     for _, parts in stored:
         parts["score"] = parts["score"].float()
     before = [parts["score"].clone() if packed.pool.owners is not None else parts["score"] for _, parts in stored]
-    for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
-        part = slice(index * rows, (index + 1) * rows)
-        held = [{name: x[part] for name, x in parts.items()} for _, parts in stored]
-        scores.append(tokens.kernels.observe_stored(tokens, own, held))
+    scores = _window_scores(layers, sequences, [parts for _, parts in stored])
     for tier, (_, parts) in enumerate(stored):
         parts["score"] = _kept_where_shared(packed, tier, parts["score"], before[tier])
     return torch.cat(scores)
+
+
+def _observe_new(layers: list[LayerTokens], sequences: list[Sequences], stored: Stored) -> Sequence[Tensor | None]:
+    """Scores of every layer's window tokens, [rows, n] each; what is stored keeps its own."""
+    return _window_scores(
+        layers, sequences, [{**p, "score": p["score"].to(torch.float32, copy=True)} for _, p in stored]
+    )
+
+
+def _window_scores(
+    layers: list[LayerTokens], sequences: list[Sequences], stored: list[dict[str, Tensor]]
+) -> list[Tensor]:
+    """Let every layer's kernels observe: its window's scores [rows, n]; packed tokens' go into `stored`, per tier."""
+    rows, scores = layers[0].packed.rows, []
+    for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
+        part = slice(index * rows, (index + 1) * rows)
+        scores.append(tokens.kernels.observe_stored(tokens, own, [{n: x[part] for n, x in p.items()} for p in stored]))
+    return scores
 
 
 def _kept_where_shared(packed: PackedRows, tier: int, new: Tensor, old: Tensor) -> Tensor:

@@ -83,7 +83,6 @@ class LayerTokens:
         self.fill = cache.fills.empty(batch, self.device)
         self.call: Call | None = None
         self.whole = False  # a prompt was stored whole, until its reconstruction says what to prune
-        self.within_quota = False  # no more tokens are high than the policy's quota, as behind a flush
         self.reconstruction: Tensor | None = None  # [rows, stored slots and window], largest probability so far
 
     def bind(self, cache: LeanKVCache) -> None:
@@ -167,7 +166,7 @@ class LayerTokens:
         self.fill = self.cache.fills.left(after, leaving, self.config.window)
         self.window = self.window.keep_last(sequences, leaving, self.fill)
         self.queries.clear()
-        self.whole, self.within_quota = self.config.reconstructs, False
+        self.whole = self.config.reconstructs
         if lse is not None and self.config.selects:
             self.queries.add_tail(q, after.seen)
             self.cache.request_flush()

@@ -53,9 +53,13 @@ class Window:
             part = slice(before.most, before.most + k.shape[2])
             self.k[:, :, part], self.v[:, :, part] = k, v
             return
-        keep = _all_real(k) if valid is None else valid
-        slot = before.counts[:, None] + keep.long().cumsum(1) - 1  # [batch, q]
-        row, column = keep.nonzero(as_tuple=True)
+        if valid is None:  # nothing that the host would have to count
+            slot = before.counts[:, None] + torch.arange(k.shape[2], device=k.device)  # [batch, q]
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            self.k[row, :, slot], self.v[row, :, slot] = k.transpose(1, 2), v.transpose(1, 2)
+            return
+        slot = before.counts[:, None] + valid.long().cumsum(1) - 1  # [batch, q]
+        row, column = valid.nonzero(as_tuple=True)
         self.k[row, :, slot[row, column]] = k[row, :, column]
         self.v[row, :, slot[row, column]] = v[row, :, column]
 

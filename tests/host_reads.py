@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves

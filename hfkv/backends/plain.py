@@ -28,9 +28,11 @@ class Kernels(Protocol):
 
     Attributes:
         name: `torch` or `triton`, for the report.
+        defers: whether `apply` can do without what the host would know of a plan.
     """
 
     name: str
+    defers: bool
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from hfkv.attention import NAME
 from hfkv.cache import LeanKVCache
 from hfkv.graphs.step import DecodeStep, Recorder, Request
 from hfkv.layer import LeanKVLayer
+from hfkv.masks import GROW, extends, follow_growth
 
 logger = logging.getLogger("hfkv")
 
 _STATE = "_hfkv_decode"
 _FORWARD = "forward"
-_GROW = "_update_model_kwargs_for_generation"
-_EXTENDS = "_hfkv_extends"
-"""A mask that `generate` made from another by ones has a reference to that other under this name."""
 
 _FLAGS = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """What a call may say of these and still be captured, beside nothing."""
@@ -205,8 +202,7 @@ class CompiledDecode:
             return None
         if mask.dim() != 2 or mask.shape != (fill.batch, fill.seen + 1):
             return "an attention mask of another shape than [batch, tokens]"
-        grown = getattr(mask, _EXTENDS, None)
-        if grown is not None and step.mask is not None and grown() is step.mask and step.is_current(cache):
+        if step.mask is not None and extends(mask) is step.mask and step.is_current(cache):
             return None
         real = mask != 0
         agrees = real[:, -1].all() & (real.sum(1) == fill.lengths + 1).all()
@@ -259,13 +255,12 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
 def install(model: PreTrainedModel, recorder: Recorder) -> PreTrainedModel:
     """`compile_decode` without its checks, with another recorder."""
     remove(model)
-    before = {name: model.__dict__[name] for name in (_FORWARD, _GROW) if name in model.__dict__}
+    before = {name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
     model.__dict__[_STATE] = CompiledDecode(text, takes_positions, recorder, before)
     model.__dict__[_FORWARD] = types.MethodType(_wrapped(type(model).forward), model)
-    if getattr(type(model), _GROW) is getattr(GenerationMixin, _GROW) and _GROW not in before:
-        model.__dict__[_GROW] = types.MethodType(_grow, model)
+    follow_growth(model)
     return model
 
 
@@ -273,7 +268,7 @@ def remove(model: PreTrainedModel) -> None:
     """Undo `compile_decode`, if it was called."""
     state = model.__dict__.pop(_STATE, None)
     if state is not None:
-        for name in (_FORWARD, _GROW):
+        for name in (_FORWARD, GROW):
             model.__dict__.pop(name, None)
         model.__dict__.update(state.before)
 
@@ -298,13 +293,3 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         return self.__dict__[_STATE].forward(self, args, kwargs)
 
     return forward
-
-
-def _grow(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """GenerationMixin's own, and a note on a mask that it has grown by ones."""
-    before = model_kwargs.get("attention_mask")
-    updated = GenerationMixin._update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs)
-    after = updated.get("attention_mask")
-    if isinstance(before, Tensor) and isinstance(after, Tensor) and after is not before:
-        setattr(after, _EXTENDS, weakref.ref(before))
-    return updated

@@ -31,6 +31,7 @@ class Compaction:
         scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
         numbers: int64 [n], what the host may want to know, see `PackedRows.count`: the attributes below.
         sharing: shared pages that would change.
+        ahead: per layer of the rows: its part of `most_ahead`, the last of the numbers; empty if it was not asked.
         growth: per tier: pages that rows need anew, and give back.
         widest: pages of the longest row afterwards: per tier, then of all tiers together.
         flags: what the check of the incoming tokens found, 0 for nothing.
@@ -46,6 +47,7 @@ class Compaction:
     scores: list[Tensor] | None
     numbers: Tensor
     sharing: Copies
+    ahead: list[list[int]] = field(default_factory=list)
     growth: list[list[int]] = field(default_factory=list)
     widest: list[int] = field(default_factory=list)
     flags: int = 0

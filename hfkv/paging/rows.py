@@ -71,6 +71,7 @@ class PackedRows:
         self.shift = shift
         self.has_mean = torch.zeros(self.rows, dtype=torch.bool, device=pool.device)
         self._widest = [0] * (len(layouts) + 1)
+        self._ahead: list[int] = []
 
     def __getstate__(self) -> dict:
         self.pool.catch_up()
@@ -85,6 +86,16 @@ class PackedRows:
     @widest.setter
     def widest(self, pages: list[int]) -> None:
         self._widest = pages
+
+    @property
+    def ahead(self) -> list[int]:
+        """What the next flush takes at most, as `hfkv.paging.bounds.most_ahead` says; empty where nobody knows."""
+        self.pool.catch_up()
+        return self._ahead
+
+    @ahead.setter
+    def ahead(self, most: list[int]) -> None:
+        self._ahead = most
 
     def empty(self, rows: int) -> PackedRows:
         """So many rows of this kind that hold nothing yet."""
@@ -117,6 +128,7 @@ class PackedRows:
 
     def changed(self) -> None:
         """Called whenever pages or table have changed."""
+        self._ahead = []
 
     @property
     def rows(self) -> int:
@@ -237,8 +249,10 @@ class PackedRows:
         if len(set(self.classes)) < tiers:  # one free list: there is room in whatever order tiers use it
             growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
         plan.growth, plan.widest[:] = growth, numbers[2 * tiers : 3 * tiers + 1]
-        plan.flags = numbers[3 * tiers + 1]
-        plan.copied, plan.copies = plan.sharing.counted(numbers[3 * tiers + 2 :])
+        plan.flags, rest = numbers[3 * tiers + 1], numbers[3 * tiers + 2 :]
+        plan.copied, plan.copies = plan.sharing.counted(rest[: len(rest) - len(plan.ahead) * (tiers + 1)])
+        for number, most in enumerate(reversed(plan.ahead), 1):
+            most[:] = rest[len(rest) - number * (tiers + 1) :][: tiers + 1]
         return plan
 
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:

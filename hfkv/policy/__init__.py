@@ -16,7 +16,7 @@ It may only move tokens down: a promoted low token would stay as coarse as it is
 
 from hfkv.policy.candidates import Candidates, Costs, Material
 from hfkv.policy.representatives import KVCrush, Representation, Representatives
-from hfkv.policy.scores import SCORES, Mixed, Score, score_of
+from hfkv.policy.scores import SCORES, Mixed, Score, observes_new, score_of
 from hfkv.policy.tiers import Budget, Policy, Shares, Thresholds, by_quota, keep_all, keeps_quota, only_down, policy_of
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "by_quota",
     "keep_all",
     "keeps_quota",
+    "observes_new",
     "only_down",
     "policy_of",
     "score_of",
