@@ -63,11 +63,28 @@ def pack_tokens(
     return code_tokens(layout, keys, basis.rotate_values(v), score, birth)
 
 
-def code_tokens(layout: PageLayout, keys: Tensor, values: Tensor, score: Tensor, birth: Tensor) -> Tokens:
-    """Code vectors that are in the rotated basis already."""
+def check_codable(layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor) -> None:
+    """Raise the ValueError of `pack_tokens` where that would, without coding vectors whose norm shows that they fit.
+
+    A tier is asked so for tokens that it does not get yet, but may when they are demoted.
+    """
+    centre = 0.0 if basis.mean is None else basis.mean[row].norm(dim=-1)
+    small = (k.float().norm(dim=-1) + centre <= layout.key.safe_norm) & (
+        v.float().norm(dim=-1) <= layout.value.safe_norm
+    )
+    doubtful = (~small).nonzero().squeeze(1)  # NaN is among them
+    if doubtful.numel():
+        nothing = torch.zeros(doubtful.numel(), dtype=torch.int64, device=k.device)
+        pack_tokens(layout, basis, k[doubtful], v[doubtful], row[doubtful], nothing.float(), nothing)
+
+
+def code_tokens(
+    layout: PageLayout, keys: Tensor, values: Tensor, score: Tensor, birth: Tensor, saturate: bool = False
+) -> Tokens:
+    """Code vectors that are in the rotated basis already; `saturate`: as of `encode`."""
     tokens: Tokens = {}
     for side, codec, x in (("key", layout.key, keys), ("value", layout.value, values)):
-        codes, scale, zero = encode(codec, x)
+        codes, scale, zero = encode(codec, x, saturate)
         tokens[side] = codes
         if scale is not None:
             tokens[f"{side}_scale"] = scale

@@ -91,10 +91,13 @@ class TierEdit:
         return self.position[row, slot // tokens] * tokens + slot % tokens
 
     def demoted(self, low: PageLayout, demoted: Tensor) -> tuple[Tokens, Tensor]:
-        """The demoted tokens in their new code, and how many each row has."""
+        """The demoted tokens in their new code, and how many each row has.
+
+        The low tier could code them when they came (`check_codable`); what the high tier's rounding adds saturates.
+        """
         tokens = compaction.take(self.layout, self.pages, self.flat(*demoted.nonzero(as_tuple=True)))
         keys, values = unpack_tokens(self.layout, tokens)
-        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"]), demoted.sum(1)
+        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"], saturate=True), demoted.sum(1)
 
     def close_holes(self) -> None:
         """Fill holes from the tail, and leave free slots without metadata."""

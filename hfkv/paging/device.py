@@ -23,11 +23,14 @@ def entering_slots(plan: Compaction, tier: int) -> Tensor:
 
 
 def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming) -> Tensor:
-    """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored."""
+    """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored.
+
+    Those that enter the high tier must fit the low one too: they may be demoted.
+    """
     rows.note_mean(incoming, look=False)
     flags = torch.zeros(1, dtype=torch.int32, device=rows.pool.device)
     for tier, chosen in enumerate(entering):
-        slots = torch.where(chosen, 0, -1).int()
+        slots = torch.where(chosen if tier == 0 else entering[0] | chosen, 0, -1).int()
         pages = TierPages(rows.table.ids, rows.pool.chunk_addresses, rows.layouts[tier], tier)
         tokens = (incoming.k, incoming.v, incoming.score, incoming.birth)
         pack_rows(pages, rows.basis, *tokens, slots, flags, store=False)
@@ -60,7 +63,7 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
     table = before.widened(rows.width_for(plan), counts[0])
     old = [TierPages(before.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
     new = [pages._replace(ids=table.ids) for pages in old]
-    flags = torch.zeros(1, dtype=torch.int32, device=pool.device)
+    flags = torch.zeros(1, dtype=torch.int32, device=pool.device)  # nobody asks: see `check_incoming`
 
     def settle(tier: int) -> None:
         compaction.move_tokens(old[tier], compaction.hole_sources(plan.stay[tier]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.compaction import pages_for, take
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens, unpack_tokens
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, pack_tokens, unpack_tokens
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
 from hfkv.paging.sharing import Copies, frozen
@@ -258,6 +258,8 @@ class PackedRows:
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
         self.note_mean(incoming)
+        if self.tiers == 2:
+            check_codable(self.layouts[1], self.basis, *incoming.chosen(plan.entering[0])[:3])
         return [
             pack_tokens(layout, self.basis, *incoming.chosen(entering))
             for layout, entering in zip(self.layouts, plan.entering, strict=True)

@@ -87,16 +87,6 @@ def page_constants(layout: PageLayout) -> dict[str, Any]:
     }
 
 
-def safe_norm(codec: Codec) -> float:
-    """Norm r up to which every vector can be coded, whatever it is.
-
-    A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer to
-    zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
-    """
-    affine = 35.0 * (codec.top - 0.5)
-    return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[codec.kind]
-
-
 # ---- addresses ---------------------------------------------------------------------------------------------------
 
 
@@ -336,6 +326,6 @@ def pack_rows(
             x, x.stride(0), x.stride(1), turn, mean, slots, score, birth, pages.ids, pages.ids.shape[1],
             pages.addresses, flags, n, TIER=pages.tier, VALUE=value, DIM=dim, DIMP=power_of_two(dim),
             ROTATE=turn is not None, SHIFT=mean is not None, SCORED=pages.layout.scored and not value, STORE=store,
-            SAFE=safe_norm(getattr(pages.layout, side)), BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
+            SAFE=getattr(pages.layout, side).safe_norm, BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
             **side_constants(pages.layout, side), num_warps=4,
         )  # fmt: skip
