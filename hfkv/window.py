@@ -142,6 +142,15 @@ class KeptQueries:
             self.positions = [*self.positions, *(seen - new + i for i in picked)]
         return picked
 
+    def slot_for(self, q: Tensor, seen: int) -> int | None:
+        """Count one query, the newest of `seen` logical tokens -> its slot in `q`, None where it is not kept."""
+        held = len(self.positions)
+        if not self.pick(1, seen):
+            return None
+        if self.q is None:
+            self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
+        return held
+
     def add(self, q: Tensor, seen: int) -> None:
         """Take every few of q [batch, q_heads, new, D], the newest of `seen` logical tokens."""
         held = len(self.positions)

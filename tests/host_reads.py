@@ -23,12 +23,16 @@ class Watch(TorchDispatchMode):
     Attributes:
         reads: one text per look of the host.
         made: operations that made memory.
+        written: operations that wrote into memory that was there.
+        launches: kernels of Triton.
     """
 
     def __init__(self, monkeypatch) -> None:
         super().__init__()
         self.reads: list[str] = []
         self.made: list[str] = []
+        self.written: list[str] = []
+        self.launches: list[str] = []
         self._launching = 0
         self._stack = ExitStack()
         for name in READS:
@@ -41,6 +45,7 @@ class Watch(TorchDispatchMode):
 
         def run(kernel, *args, **kwargs):
             self._launching += 1
+            self.launches.append(kernel.fn.__name__)
             try:
                 with _disable_current_modes():
                     return original(kernel, *args, **kwargs)
@@ -62,7 +67,7 @@ class Watch(TorchDispatchMode):
     _inside = False
 
     def __enter__(self):
-        self._inside, self.reads, self.made = True, [], []
+        self._inside, self.reads, self.made, self.written, self.launches = True, [], [], [], []
         return super().__enter__()
 
     def __exit__(self, *args):
@@ -78,6 +83,8 @@ class Watch(TorchDispatchMode):
         name, inputs = func.overloadpacket.__name__, tree_leaves((args, kwargs or {}))
         if name in WAITS or _masks_by_index(name, inputs) or (name == "repeat_interleave" and _sizeless(inputs)):
             self._note(name)
+        if func._schema.is_mutable:
+            self.written.append(name)
         before = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):

@@ -209,7 +209,7 @@ def test_a_token_that_could_not_be_demoted_is_refused(scheme, spread, bit):
     plan, _ = enter(layer, k, v, on_device=True)
     assert plan.flags & bit and int(layer.table.lengths.sum()) == 0
     k[0, 3] /= spread
-    assert enter(layer, k, v, on_device=True)[0].flags == 0
+    assert enter(packed_layer(1, tiers, scheme=scheme), k, v, on_device=True)[0].flags == 0
 
 
 @pytest.mark.parametrize("scheme", ["fitted", "minmax"])
