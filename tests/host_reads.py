@@ -22,7 +22,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         reads: one text per look of the host.
-        made: operations that made memory.
+        made: operations that made memory; largest: most numbers of one of their tensors.
         written: operations that wrote into memory that was there.
         launches: kernels of Triton.
     """
@@ -31,6 +31,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.reads: list[str] = []
         self.made: list[str] = []
+        self.largest = 0
         self.written: list[str] = []
         self.launches: list[str] = []
         self._launching = 0
@@ -68,6 +69,7 @@ class Watch(TorchDispatchMode):
 
     def __enter__(self):
         self._inside, self.reads, self.made, self.written, self.launches = True, [], [], [], []
+        self.largest = 0
         return super().__enter__()
 
     def __exit__(self, *args):
@@ -90,4 +92,5 @@ class Watch(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.numel() and x.untyped_storage().data_ptr() not in before:
                 self.made.append(name)
+                self.largest = max(self.largest, x.numel())
         return out
