@@ -235,10 +235,14 @@ class LeanKVCache(LazyLinearLayers):
                 awaited.append((pool, own))
             elif own:
                 count_flush(pool, own)
-        coded = [code_flush(flush) for flush in planned]
-        for pool in self.pools:
-            self.reserve(pool, [(f.packed, f.plan) for f in planned if f.packed.pool is pool and f.plan.counted], slack)
-            pool.note_used(None)
+        try:
+            coded = [code_flush(flush) for flush in planned]
+            for pool in self.pools:
+                own = [flush for flush in planned if flush.packed.pool is pool and flush.plan.counted]
+                self.reserve(pool, [(flush.packed, flush.plan) for flush in own], slack)
+        finally:
+            for pool in self.pools:
+                pool.note_used(None)
         with self.forwards.changing("flush"):
             for layer in self.lean_layers:
                 layer.generation += 1

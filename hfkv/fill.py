@@ -13,6 +13,8 @@ from torch import Tensor
 from hfkv.kernels.decode_attention import hidden_bias
 
 T = TypeVar("T")
+State = tuple[object, int]
+"""A mask by name and version, see `hfkv.masks.state`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,15 +157,18 @@ class FillBook:
         self._valid: tuple[Tensor | None, int, Tensor | None] = (None, 0, None)
         self._broken: tuple[Tensor | None, bool] = (None, False)
         self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
-        self._shown: Tensor | None = None  # the 2-D mask of the running forward, where somebody shows it
+        self._shown: tuple[State | None, tuple[int, ...]] = (None, ())  # the running forward's 2-D mask, its shape
         self._grown = False
-        self._known: tuple[Tensor | None, int, Fill | None] = (None, 0, None)  # one that agreed, and what is held now
+        self._known: tuple[State | None, int, Fill | None] = (
+            None,
+            0,
+            None,
+        )  # one that agreed, its length, what is held
 
-    def show(self, mask: Tensor | None, made_from: Tensor | None) -> None:
-        """A forward begins with a padding mask [batch, tokens], made from another by ones, or from None."""
-        known, unchanged, _ = self._known
-        self._grown = made_from is not None and made_from is known and version(made_from) == unchanged
-        self._shown = mask
+    def show(self, mask: State | None, shape: tuple[int, ...], made_from: State | None) -> None:
+        """A forward begins with a padding mask of `shape` [batch, tokens], made from another by ones, or from None."""
+        self._grown = made_from is not None and made_from == self._known[0]
+        self._shown = (mask, shape)
 
     def valid_tokens(self, mask: Tensor | None, new: int, fill: Fill | None = None) -> Tensor | None:
         """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
@@ -192,11 +197,11 @@ class FillBook:
         return self._valid[2]
 
     def _only_grown(self, mask: Tensor, new: int, fill: Fill | None) -> bool:
-        before, _, held = self._known
-        if not self._grown or self._shown is None or before is None or fill is None or fill is not held:
+        """Whether a mask is that of the last forward, which agreed with `fill`, and ones."""
+        shape, (_, length, held) = self._shown[1], self._known
+        if not self._grown or fill is None or fill is not held or mask.dtype != torch.bool:
             return False
-        batch, tokens = self._shown.shape
-        return mask.dtype == torch.bool and mask.shape == (batch, 1, 1, tokens) and tokens == before.shape[1] + new
+        return mask.shape == (shape[0], 1, 1, shape[1]) and shape[1] == length + new
 
     def broken(self, valid: Tensor | None) -> bool:
         """Whether some sequence has a pad behind a real token among `valid` bool [batch, new]; None: all are real."""
@@ -225,9 +230,10 @@ class FillBook:
 
     def advanced(self, fill: Fill, new: int, valid: Tensor | None) -> Fill:
         after = self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
-        first = fill.seen == 0 and self._shown is not None and self._shown.shape == (fill.batch, new)
-        if first or (valid is None and self._agreed[1] is fill and self._agreed[2]):
-            self._known = (self._shown, 0 if self._shown is None else version(self._shown), after)
+        shown, shape = self._shown
+        first = fill.seen == 0 and shape == (fill.batch, new)
+        if shown is not None and (first or (valid is None and self._agreed[1] is fill and self._agreed[2])):
+            self._known = (shown, shape[1], after)
         return after
 
     def left(self, fill: Fill, leaving: Tensor, window: int) -> Fill:
@@ -247,11 +253,6 @@ class FillBook:
         if known is None or not all(map(_same, known[0], key)):
             known = self._fills[name] = (key, make())
         return known[1]
-
-
-def version(x: Tensor) -> int:
-    """Grows whenever somebody writes into a tensor; of inference tensors nobody knows."""
-    return 0 if x.is_inference() else x._version
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-import weakref
 from typing import Any
 
 import torch
@@ -12,19 +11,29 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from hfkv.cache import LeanKVCache
-from hfkv.fill import version
+from hfkv.fill import State
 
 GROW = "_update_model_kwargs_for_generation"
-_EXTENDS = "_hfkv_extends"
-"""A mask that was made from another by ones has a reference to that other under this name."""
-
+_MADE_FROM, _NAME = "_hfkv_made_from", "_hfkv_name"
 _WATCH = "_hfkv_watch"
 
 
-def extends(mask: Tensor) -> Tensor | None:
-    """The mask that this one was made from by ones, as long as it lives and nobody has written into this one."""
-    made_from, own = getattr(mask, _EXTENDS, (None, None))
-    return made_from() if made_from is not None and own == version(mask) else None
+def made_from(mask: Tensor) -> State | None:
+    """The state of the mask that this one was made from by ones, if nobody has written into this one since."""
+    before, own = getattr(mask, _MADE_FROM, (None, None))
+    return before if own == _version(mask) else None
+
+
+def state(mask: Tensor) -> State:
+    """Tells a mask, with the numbers that it has now, from all others, and does not keep it."""
+    if not hasattr(mask, _NAME):
+        setattr(mask, _NAME, object())
+    return getattr(mask, _NAME), _version(mask)
+
+
+def _version(x: Tensor) -> int:
+    """Grows whenever somebody writes into a tensor; of inference tensors nobody knows."""
+    return 0 if x.is_inference() else x._version
 
 
 def follow_growth(model: PreTrainedModel) -> None:
@@ -53,9 +62,9 @@ def _show(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if isinstance(cache, LeanKVCache):
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            cache.fills.show(mask, extends(mask))
+            cache.fills.show(state(mask), tuple(mask.shape), made_from(mask))
         else:
-            cache.fills.show(None, None)
+            cache.fills.show(None, (), None)
 
 
 def _grow(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -64,5 +73,5 @@ def _grow(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **k
     updated = GenerationMixin._update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs)
     after = updated.get("attention_mask")
     if isinstance(before, Tensor) and isinstance(after, Tensor) and after is not before:
-        setattr(after, _EXTENDS, (weakref.ref(before), version(after)))
+        setattr(after, _MADE_FROM, (state(before), _version(after)))
     return updated

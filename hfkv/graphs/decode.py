@@ -20,7 +20,7 @@ from hfkv.attention import NAME
 from hfkv.cache import LeanKVCache
 from hfkv.graphs.step import DecodeStep, Recorder, Request
 from hfkv.layer import LeanKVLayer
-from hfkv.masks import GROW, extends, follow_growth
+from hfkv.masks import GROW, follow_growth, made_from
 
 logger = logging.getLogger("hfkv")
 
@@ -202,7 +202,7 @@ class CompiledDecode:
             return None
         if mask.dim() != 2 or mask.shape != (fill.batch, fill.seen + 1):
             return "an attention mask of another shape than [batch, tokens]"
-        if step.mask is not None and extends(mask) is step.mask and step.is_current(cache):
+        if step.mask is not None and made_from(mask) == step.mask and step.is_current(cache):
             return None
         real = mask != 0
         agrees = real[:, -1].all() & (real.sum(1) == fill.lengths + 1).all()

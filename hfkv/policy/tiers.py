@@ -71,9 +71,7 @@ class Budget:
         least = self.high_least
         spread = self._largest(c, allowed, lambda share: (seen * (share * self.high_most), seen))
         fits = self._bytes(c, self._tiers(c, (seen * 0, seen))) <= allowed  # [batch]: all low fits
-        pruned = self._largest(
-            c, allowed, lambda share: (seen * torch.minimum(share, share.new_tensor(least)), seen * share)
-        )
+        pruned = self._largest(c, allowed, lambda share: (seen * share.clamp_max(least), seen * share))
         return torch.where(fits[:, None, None], spread, pruned)
 
     def _largest(
