@@ -25,7 +25,7 @@ TINY = dict(
 IDS = torch.randint(1, 64, (2, 40), generator=torch.Generator().manual_seed(1))
 PADDED = torch.ones_like(IDS)
 PADDED[0, :6] = 0
-STEPS, FLUSH = 18, 4
+STEPS, FLUSH = 14, 4
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +58,9 @@ def generated(monkeypatch, layers, preset, mask=None, **changes):
 
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "forward", forward)
-        mask = torch.ones_like(IDS) if mask is None else mask
-        out = model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
+        ids = IDS[:1] if mask is None else IDS
+        mask = torch.ones_like(ids) if mask is None else mask
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=STEPS, do_sample=False)
     assert cache.report().backend == "triton" and len(steps) == STEPS - 1
     return out, cache, steps
 
@@ -84,14 +85,14 @@ def test_nobody_waits_between_flushes_and_a_flush_waits_once(layers, preset, mas
     looks = [(due, [read for read in reads if read not in mail], grew) for due, reads, grew in steps]
     assert [reads for due, reads, _ in looks if not due and reads] == []
     flushes = [(len(reads), grew) for due, reads, grew in looks if due]
-    assert len(flushes) >= 4 and max(reads for reads, _ in flushes) <= 1, looks
+    assert len(flushes) >= 3 and max(reads for reads, _ in flushes) <= 1, looks
     assert all(reads == 1 for reads, grew in flushes if grew), "nothing grows unasked"
     if "budget" not in changes:  # its policy may make any number of tokens low
         assert sum(reads == 0 for reads, _ in flushes) >= 1, looks
     for pool in cache.pools:
         pool.catch_up()
         check_owners(pool, [tokens.packed for tokens in cache.compressed])
-    if preset == "k8v4" or changes:
+    if preset != "balanced" or changes:
         return
     monkeypatch.setattr(Flush, "most", None)  # the host asks always
     again, asked, _ = generated(monkeypatch, layers, preset, mask)
@@ -125,25 +126,25 @@ def test_what_nobody_waited_for_is_said_later(monkeypatch, tmp_path):
     """NaN that a flush has packed unasked: the next flush, or a file, says so."""
     model, cache = llama(), fresh("k8v4")
     with torch.no_grad():
-        model(input_ids=IDS, past_key_values=cache)
+        model(input_ids=IDS[:1], past_key_values=cache)
         while not (cache._must_flush(1) and cache.compressed[0].packed.ahead):
-            model(input_ids=IDS[:, :1], past_key_values=cache)
+            model(input_ids=IDS[:1, :1], past_key_values=cache)
         control = copy.deepcopy(cache)
-        cache.compressed[0].window.k[1, 0, 2, 5] = float("nan")
-        model(input_ids=IDS[:, :1], past_key_values=cache)
+        cache.compressed[0].window.k[0, 0, 2, 5] = float("nan")
+        model(input_ids=IDS[:1, :1], past_key_values=cache)
         other = copy.deepcopy(cache)
         with pytest.raises(ValueError, match=r"NaN.*the flush before this one has packed them.*reset"):
             for _ in range(FLUSH):
-                model(input_ids=IDS[:, :1], past_key_values=cache)
+                model(input_ids=IDS[:1, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="reset"):
             other.save(tmp_path / "spoilt")
         cache.reset()
-        model(input_ids=IDS, past_key_values=cache)
+        model(input_ids=IDS[:1], past_key_values=cache)
         control.compressed[0].packed.ahead = []  # an asked flush finds it before anything has changed
-        control.compressed[0].window.k[1, 0, 2, 5] = float("nan")
+        control.compressed[0].window.k[0, 0, 2, 5] = float("nan")
         lengths = control.compressed[0].packed.table.lengths.clone()
         with pytest.raises(ValueError, match="nothing was stored"):
-            model(input_ids=IDS[:, :1], past_key_values=control)
+            model(input_ids=IDS[:1, :1], past_key_values=control)
         assert torch.equal(control.compressed[0].packed.table.lengths, lengths)
 
 
