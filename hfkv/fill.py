@@ -159,11 +159,8 @@ class FillBook:
         self._agreed: tuple[Tensor | None, Fill | None, bool] = (None, None, False)
         self._shown: tuple[State | None, tuple[int, ...]] = (None, ())  # the running forward's 2-D mask, its shape
         self._grown = False
-        self._known: tuple[State | None, int, Fill | None] = (
-            None,
-            0,
-            None,
-        )  # one that agreed, its length, what is held
+        # One that agreed, its length, and what has been held since.
+        self._known: tuple[State | None, int, Fill | None] = (None, 0, None)
 
     def show(self, mask: State | None, shape: tuple[int, ...], made_from: State | None) -> None:
         """A forward begins with a padding mask of `shape` [batch, tokens], made from another by ones, or from None."""
