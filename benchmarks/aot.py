@@ -119,7 +119,7 @@ def faults(build: Build, rows: list[dict[str, Any]]) -> Iterator[str]:
         strict = build.arch in (80, 90) and (build.name, build.warps) == ("decode K8V4/K4V2 D128 P64", WARPS)
         if strict and float(row["per_code"]) > MAX_PER_CODE:
             yield f"{where} {row['loop']}: {row['per_code']} instructions per code, more than {MAX_PER_CODE}"
-        if strict and build.arch == 90 and float(row["issue_share"]) > MAX_ISSUE:
+        if strict and float(row["issue_share"]) > MAX_ISSUE:
             yield f"{where} {row['loop']}: {row['issue_share']} of the issue slots, more than {MAX_ISSUE}"
         if row["loop"] and not row["wide_loads"]:
             yield f"{where} {row['loop']}: codes do not come by 128-bit asynchronous copies"

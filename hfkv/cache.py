@@ -21,16 +21,19 @@ from hfkv.fingerprint import Fingerprint
 from hfkv.forward import ForwardBook
 from hfkv.hidden import drop_hidden
 from hfkv.hybrid import LazyLinearLayers
+from hfkv.kernels.quantize_pack import check_flags
 from hfkv.layer import LeanKVLayer
 from hfkv.natives import check_native
+from hfkv.paging.bounds import noting
 from hfkv.paging.compaction import Compaction
+from hfkv.paging.mail import Mail
 from hfkv.paging.pool import OutOfPages, PagePool
 from hfkv.paging.rows import PackedRows
 from hfkv.paging.sealed import SealingPool
 from hfkv.paging.sharing import close_up, share_pages
 from hfkv.report import Report, TokenMap, make_report, token_map
 from hfkv.rope import Rotary, rotary_of
-from hfkv.tiering import alike, apply_flush, plan_flush
+from hfkv.tiering import Flush, alike, apply_flush, code_flush, count_flush, plan_flush
 from hfkv.tokens import LayerTokens, plain_tensors
 
 logger = logging.getLogger("hfkv")
@@ -229,25 +232,63 @@ class LeanKVCache(LazyLinearLayers):
     def flush(self) -> None:
         """Observe, choose tiers, compact: every layer packs what it has beyond its window, all or none of them.
 
+        Where kernels work and, by what the host knows, pages and tables have room, nobody waits for the device.
+
         Raises:
             OutOfPages: the pages cannot be had; nothing has changed.
+            ValueError: keys or values that cannot be coded, found before anything has changed; or, where nobody has
+                waited for the device, what the flush before this one has packed: then the cache must be reset.
         """
-        planned = plan_flush(self.compressed)
-        pools = self.pools
+        self.check_packed()
+        planned, awaited = plan_flush(self.compressed), []
+        slack = FLUSH_SLACK if self.config.budget is None else 0.0
+        for pool in self.pools:
+            own = [flush for flush in planned if flush.packed.pool is pool]
+            if own and self._has_room(pool, own):
+                awaited.append((pool, own))
+            elif own:
+                count_flush(pool, own)
         try:
-            for pool in pools:
-                work = [(flush.packed, flush.plan) for flush in planned if flush.packed.pool is pool]
-                self.reserve(pool, work, FLUSH_SLACK if self.config.budget is None else 0.0)
+            coded = [code_flush(flush) for flush in planned]
+            for pool in self.pools:
+                own = [flush for flush in planned if flush.packed.pool is pool and flush.plan.counted]
+                self.reserve(pool, [(flush.packed, flush.plan) for flush in own], slack)
         except OutOfPages:
-            for grown in pools[: pools.index(pool)]:
+            for grown in self.pools[: self.pools.index(pool)]:
                 grown.trim()
             raise
+        finally:
+            for pool in self.pools:
+                pool.note_used(None)
         with self.forwards.changing("flush"):
             for layer in self.lean_layers:
                 layer.generation += 1
-            for flush in planned:
-                apply_flush(flush)
+            for flush, tokens in zip(planned, coded, strict=True):
+                apply_flush(flush, tokens)
+            for pool, own in awaited:
+                works = [(flush.packed, flush.plan) for flush in own]
+                pool.expect(Mail(torch.cat([plan.numbers for _, plan in works])), noting(works))
         self.flush_due = False
+
+    def check_packed(self) -> None:
+        """Raise ValueError where a flush that nobody has waited for has packed what cannot be coded."""
+        for pool in self.pools:
+            pool.catch_up()
+            check_flags(pool.uncodable, late=True)
+
+    def _has_room(self, pool: PagePool, flushes: list[Flush]) -> bool:
+        """Whether a pool surely has the pages that flushes need; they are made ready then."""
+        peak: dict[int, int] = {}
+        for flush in flushes:
+            most = flush.most
+            if most is None:
+                return False
+            for cls, (needed, _) in zip(flush.packed.classes, most, strict=True):
+                peak[cls] = peak.get(cls, 0) + needed
+        if not pool.has_room(peak):
+            return False
+        pool.reserve(peak)
+        return True
 
     def request_flush(self) -> None:
         """Flush before the next forward: a continued prompt has been appended without revising the past."""

@@ -13,6 +13,7 @@ from hfkv.attention import NAME, _refuse_config
 from hfkv.cache import LeanKVCache
 from hfkv.config import LeanKVConfig
 from hfkv.graphs.decode import remove
+from hfkv.masks import unwatch, watch
 
 logger = logging.getLogger("hfkv")
 
@@ -52,6 +53,7 @@ def enable(model: PreTrainedModel, config: LeanKVConfig | None = None) -> PreTra
         )
     model.__dict__[_SETTINGS] = (config, previous)
     model.__dict__[_HOOK] = types.MethodType(_prepare_cache, model)
+    watch(model)
     return model
 
 
@@ -62,6 +64,7 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         The model.
     """
     remove(model)
+    unwatch(model)
     settings = model.__dict__.pop(_SETTINGS, None)
     model.__dict__.pop(_HOOK, None)
     if settings is not None:

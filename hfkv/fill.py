@@ -13,6 +13,8 @@ from torch import Tensor
 from hfkv.kernels.decode_attention import hidden_bias
 
 T = TypeVar("T")
+State = tuple[object, int]
+"""A mask by name and version, see `hfkv.masks.state`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +173,10 @@ class FillBook:
     def __init__(self) -> None:
         self._fills: dict[tuple, tuple[tuple, Any]] = {}
         self._masks: dict[torch.device, Tensor] = {}
+        self._shown: tuple[State | None, tuple[int, ...]] = (None, ())  # the running forward's 2-D mask, its shape
+        self._grown = False
+        # One that agreed, its length, and what has been held since.
+        self._known: tuple[State | None, int, Fill | None] = (None, 0, None)
 
     def known_mask(self, mask: Tensor | None) -> Tensor | None:
         """The mask of an earlier layer that says the same: layers on another device than the mask get a copy each."""
@@ -182,12 +188,43 @@ class FillBook:
             known = self._masks[mask.device] = mask
         return known
 
-    def valid_tokens(self, mask: Tensor | None, new: int) -> Tensor | None:
+    def show(self, mask: State | None, shape: tuple[int, ...], made_from: State | None) -> None:
+        """A forward begins with a padding mask of `shape` [batch, tokens], made from another by ones, or from None."""
+        self._grown = made_from is not None and made_from == self._known[0]
+        self._shown = (mask, shape)
+
+    def valid_tokens(self, mask: Tensor | None, new: int, fill: Fill | None = None) -> Tensor | None:
         """Which of the newest `new` tokens are real, bool [batch, new]; None for all.
 
-        `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token.
+        `mask` is [batch, 1 or heads, queries, tokens], bool or additive; its last query sees every real token. The
+        device is asked together whether it agrees with what is held, `fill`; not at all where `generate` has only grown
+        a mask that agreed.
         """
-        return None if mask is None else self._once(("valid", mask.device), (mask, new), lambda: _real(mask, new))
+        if mask is None:
+            return None
+        return self._once(("valid", mask.device), (mask, new), lambda: self._look_at(mask, new, fill))
+
+    def _look_at(self, mask: Tensor, new: int, fill: Fill | None) -> Tensor | None:
+        if self._only_grown(mask, new, fill):
+            self._fills["agrees", mask.device] = ((mask, fill, new, None), True)
+            return None
+        last = mask[:, :, -1, -new:]
+        seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        valid = seen.any(1)
+        found = [valid.all()]
+        if fill is not None and mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
+            found.append((mask[:, 0, 0].sum(-1) == fill.lengths + new).all())
+        all_real, *agrees = torch.stack(found).tolist()
+        if all_real and agrees:
+            self._fills["agrees", mask.device] = ((mask, fill, new, None), agrees[0])
+        return None if all_real else valid
+
+    def _only_grown(self, mask: Tensor, new: int, fill: Fill | None) -> bool:
+        """Whether a mask is that of the last forward, which agreed with `fill`, and ones."""
+        shape, (_, length, held) = self._shown[1], self._known
+        if not self._grown or fill is None or fill is not held or mask.dtype != torch.bool:
+            return False
+        return mask.shape == (shape[0], 1, 1, shape[1]) and shape[1] == length + new
 
     def broken(self, valid: Tensor | None) -> bool:
         """Whether some sequence has a pad behind a real token among `valid` bool [batch, new]; None: all are real."""
@@ -215,10 +252,19 @@ class FillBook:
         return self._once(("empty", device), (batch,), lambda: Fill.empty(batch, device))
 
     def advanced(self, fill: Fill, new: int, valid: Tensor | None) -> Fill:
-        return self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
+        after = self._once(("advance", fill.counts.device), (fill, new, valid), lambda: advance(fill, new, valid))
+        shown, shape = self._shown
+        first = fill.seen == 0 and shape == (fill.batch, new)
+        (_, agreed, *_), agrees = self._fills.get(("agrees", fill.counts.device), ((None, None), False))
+        if shown is not None and (first or (valid is None and agreed is fill and agrees)):
+            self._known = (shown, shape[1], after)
+        return after
 
     def left(self, fill: Fill, leaving: Tensor, window: int) -> Fill:
-        return self._once(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
+        after = self._once(("leave", fill.counts.device), (fill, window), lambda: leave(fill, leaving, window))
+        if self._known[2] is fill:  # a flush takes nothing away
+            self._known = (*self._known[:2], after)
+        return after
 
     def cropped(self, fill: Fill, remove: int) -> Fill:
         return self._once(("crop", fill.counts.device), (fill, remove), lambda: crop(fill, remove))
@@ -236,13 +282,6 @@ class FillBook:
 def fresh_tokens(new: int, valid: Tensor | None) -> Tensor | int:
     """How many of `new` tokens are real, int64 [batch] or one number for all; `valid` bool [batch, new] or None."""
     return new if valid is None else valid.sum(1)
-
-
-def _real(mask: Tensor, new: int) -> Tensor | None:
-    last = mask[:, :, -1, -new:]
-    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    valid = seen.any(1)
-    return None if bool(valid.all()) else valid
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -169,7 +169,8 @@ class LeanKVLayer(DynamicLayer):
                 "reset"
             )
         mask = self.cache.fills.known_mask(mask)
-        valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2])
+        fill = None if self.tokens is None or chunk.stored else self.tokens.fill
+        valid = self.cache.fills.valid_tokens(mask, chunk.k.shape[2], fill)
         if self._is_first(chunk):
             out = self._made(chunk).kernels.attend_own(chunk, q, mask, valid, call)
             if not chunk.stored:

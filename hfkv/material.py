@@ -57,6 +57,7 @@ class LayerMaterial:
         call: of the attention function; None: nothing has been asked yet.
         q, valid: queries [batch, q_heads, queries, D] of the chunk that is being stored, and which of its tokens are
             real, bool [batch, tokens] or None for all; q is None at a flush, where the kept queries observe.
+        observed: float32 [rows, n], what they have seen of the exact tokens already.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class LayerMaterial:
         call: Call | None,
         q: Tensor | None = None,
         valid: Tensor | None = None,
+        observed: Tensor | None = None,
     ) -> None:
+        self._observed = observed
         self._tokens, self._packed, self._sequences, self._widths = tokens, packed, sequences, widths
         self._new, self._call, self._q, self._valid = new, call, q, valid
 
@@ -126,6 +129,12 @@ class LayerMaterial:
         received, seen_by = self._received(self._observers)
         mean = received / seen_by.clamp_min(1)
         return torch.where(seen_by > 0, mean * self._lengths, 1.0)  # unseen: as if average
+
+    def observed(self) -> Tensor | None:
+        if self._observed is None:
+            return None
+        fresh = self._observed[:, : self._new].unflatten(0, (-1, self._sequences.k.shape[1]))
+        return pad(fresh, (sum(self._widths), 0))
 
     def accumulated(self) -> Tensor:
         """At a flush the kept queries stand for all since the last one, and new tokens for all since their birth."""

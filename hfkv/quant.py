@@ -106,6 +106,16 @@ class Codec:
         return self.top.bit_length()
 
     @property
+    def safe_norm(self) -> float:
+        """Norm r up to which every vector can be coded, whatever it is.
+
+        A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer
+        to zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
+        """
+        affine = 35.0 * (self.top - 0.5)
+        return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[self.kind]
+
+    @property
     def center(self) -> float:
         """What stands for zero in the codes of `fitted`: code c is the number c - center."""
         return (2**self.bits - 1) / 2
@@ -141,23 +151,26 @@ def top_code(bound: float) -> int:
 # ---- one vector --------------------------------------------------------------------------------------------------
 
 
-def encode(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def encode(codec: Codec, x: Tensor, saturate: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Code vectors `x` [n, dim] -> codes uint8 [n, rows] (or the model's dtype), scale [n], zero [n] as stored.
 
+    Args:
+        saturate: a scale beyond its format becomes the largest there is.
+
     Raises:
-        ValueError: NaN or infinity in x, or a scale beyond its format.
+        ValueError: NaN or infinity in x, or, unless it saturates, a scale beyond its format.
     """
     if codec.kind == "exact":
         _check_finite(x.amin(-1) + x.amax(-1) if x.numel() else x, x)
         return x.to(codec.dtype), None, None
     x = x.float()
     if codec.kind == "fitted":
-        levels, scale = _fit(codec, x)
+        levels, scale = _fit(codec, x, saturate)
         zero = None
     elif codec.kind in ("affine", "bounded"):
-        levels, scale, zero = _affine(codec, x)
+        levels, scale, zero = _affine(codec, x, saturate)
     else:
-        levels, scale, zero = _minmax(codec, x)
+        levels, scale, zero = _minmax(codec, x, saturate)
     return pack_codes(levels.sub_(codec.stored_zero).to(torch.int16).to(torch.uint8), codec), scale, zero
 
 
@@ -192,10 +205,10 @@ def scale_from_code(code: Tensor) -> Tensor:
     return code.sub_(SCALE_BIAS).mul_(1 / SCALE_STEPS).exp2_()
 
 
-def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], Tensor], saturate: bool) -> Tensor:
     _check_finite(scale, source)
     code = rounding(scale.clamp_min(2.0**-30).log2().mul_(SCALE_STEPS)).add_(SCALE_BIAS)
-    if code.numel() and code.max() > 255:
+    if not saturate and code.numel() and code.max() > 255:
         largest = source.abs().max().item()
         raise ValueError(
             f"a vector with an entry of {largest:.4g} needs a scale beyond one byte: use plain tiers with "
@@ -204,20 +217,20 @@ def _scale_to_byte(scale: Tensor, source: Tensor, rounding: Callable[[Tensor], T
     return code.clamp_(1, 255).to(torch.uint8)
 
 
-def _affine(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _affine(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor, Tensor]:
     top = codec.top
     low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)  # [n]; zero is always representable
     if codec.kind == "bounded":
-        scale = _scale_to_byte((high - low) * codec.bound, x, torch.floor)
+        scale = _scale_to_byte((high - low) * codec.bound, x, torch.floor, saturate)
     else:
-        scale = _scale_to_byte((high - low) / (top - 0.5), x, torch.ceil)
+        scale = _scale_to_byte((high - low) / (top - 0.5), x, torch.ceil, saturate)
     step = scale_from_byte(scale)
     zero = (low / step).round().neg().clamp_(0, top)
     levels = (x / step[:, None] + zero[:, None]).round_().clamp_(0, top)
     return levels, scale, zero.to(torch.uint8)
 
 
-def _fit(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
+def _fit(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor]:
     top = 2**codec.bits - 1
     energy = x.square().sum(-1)  # [n]
     step = (energy / codec.dim).sqrt().mul(GAUSS_STEP[codec.bits]).clamp_min(1e-30)
@@ -225,14 +238,18 @@ def _fit(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor]:
     centred = levels - codec.center
     overlap = (x * centred).sum(-1)
     fitted = energy / overlap.clamp_min(1e-30) if codec.unbiased else overlap / centred.square().sum(-1)
-    return levels, _scale_to_byte(fitted, x, torch.round)
+    return levels, _scale_to_byte(fitted, x, torch.round, saturate)
 
 
-def _minmax(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _minmax(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor, Tensor]:
     top = 2**codec.bits - 1
     low, high = x.amin(-1), x.amax(-1)  # [n]
-    scale, zero = ((high - low) / top).half(), low.half()
     _check_finite(low + high, x)
+    scale, zero = (high - low) / top, low
+    if saturate:
+        most = torch.finfo(torch.float16).max
+        scale, zero = scale.clamp_max(most), zero.clamp(-most, most)
+    scale, zero = scale.half(), zero.half()
     if not (torch.isfinite(scale).all() and torch.isfinite(zero).all()):
         raise ValueError(
             f"a vector with an entry of {x.abs().max().item():.4g} is beyond fp16 metadata: use a tier of {EXACT!r}"

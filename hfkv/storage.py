@@ -44,6 +44,7 @@ UNSIGNED = "0" * 64
 def save(cache: LeanKVCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to `path`; see `LeanKVCache.save`."""
     cache.forwards.check(cache)
+    cache.check_packed()
     if cache.awaits_reconstruction:
         raise ValueError("this cache waits for hfkv.reconstruct(model, input_ids, cache): save it afterwards")
     writer = TensorWriter()
@@ -196,7 +197,7 @@ def _fill_layers(cache: LeanKVCache, states: list[dict[str, Any]], fills: list[F
                 packed.pool.release(cls, ids)  # every mention is an owner, having been allocated is none
                 ids = named
             table.write(tier, *ragged_index(counts[tier]), ids)
-        packed.table, packed.widest = table, [int(n.max()) for n in counts]
+        packed.table, packed.widest = table, [int(n.max()) for n in (*counts, torch.stack(counts).sum(0))]
         packed.changed()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from hfkv.fill import Fill
 from hfkv.material import LayerMaterial
+from hfkv.paging.bounds import most_ahead, most_pages
 from hfkv.paging.compaction import Compaction
+from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sharing import frozen
-from hfkv.policy import Candidates, Shares, Thresholds, only_down
+from hfkv.policy import Candidates, Shares, Thresholds, keeps_quota, observes_new, only_down
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED
 from hfkv.window import Sequences
 
@@ -29,28 +32,59 @@ Stored = list[tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Flush:
-    """The part of a flush that concerns layers that are alike, decided and coded, not yet done."""
+    """The part of a flush that concerns layers that are alike, decided, not yet done."""
 
     layers: list[LayerTokens]
     packed: PackedRows  # the rows of all of them
     plan: Compaction
-    coded: Any  # as the layers' kernels want them
+    incoming: Incoming
     sequences: list[Sequences]
     leaving: Tensor  # int64 [batch]
 
+    @property
+    def most(self) -> list[list[int]] | None:
+        """Pages that it needs at most, as `Compaction.growth`; None where the host would have to ask the device.
+
+        So it is where the kernels need numbers on the host, where a page table may have to grow, where pages are
+        shared, behind a prompt or another change of the rows, and where a policy may make any number of tokens low.
+        """
+        first, packed = self.layers[0], self.packed
+        if not first.kernels.defers or packed.pool.owners is not None or callable(first.config.score):
+            return None
+        if packed.tiers > 1 and not all(keeps_quota(tokens.policy) for tokens in self.layers):
+            return None
+        if self.incoming.valid.shape[1] > first.config.flush:
+            return None
+        return most_pages([tokens.packed for tokens in self.layers])
+
 
 def plan_flush(layers: list[LayerTokens]) -> list[Flush]:
-    """Decide what a flush does to layers, changing nothing.
-
-    Raises:
-        ValueError: NaN, infinity, or a scale beyond its format, in a window.
-    """
+    """Decide what a flush does to layers, changing nothing."""
     return [_plan_group(group) for group in alike(layers)]
 
 
-def apply_flush(flush: Flush) -> None:
+def count_flush(pool: PagePool, flushes: list[Flush]) -> None:
+    """Let the host know the numbers of all plans of a pool: its one look at the device."""
+    numbers = torch.cat([*(flush.plan.numbers for flush in flushes), pool.used_pages]).tolist()
+    for flush in flushes:
+        own = flush.plan.numbers.numel()
+        flush.packed.count(flush.plan, numbers[:own])
+        numbers = numbers[own:]
+    pool.note_used(numbers)
+
+
+def code_flush(flush: Flush) -> Any:
+    """The incoming tokens as `apply_flush` wants them.
+
+    Raises:
+        ValueError: NaN, infinity, or a scale beyond its format, in a window, where the host knows.
+    """
+    return flush.layers[0].kernels.code(flush.packed, flush.plan, flush.incoming)
+
+
+def apply_flush(flush: Flush, coded: Any) -> None:
     """Do what `plan_flush` decided; the pool has room for it."""
-    flush.layers[0].kernels.apply(flush.packed, flush.plan, flush.coded)
+    flush.layers[0].kernels.apply(flush.packed, flush.plan, coded)
     flush.packed.settle()
     flush.packed.hand_back([tokens.packed for tokens in flush.layers])
     for tokens, sequences in zip(flush.layers, flush.sequences, strict=True):
@@ -58,6 +92,9 @@ def apply_flush(flush: Flush) -> None:
         tokens.window = tokens.window.keep_last(sequences, flush.leaving, tokens.fill)
         tokens.queries.clear()
         tokens.whole, tokens.reconstruction = False, None
+    if flush.packed.pool.owners is None:  # tokens of shared pages may stay high beyond their quota
+        for tokens, ahead in zip(flush.layers, flush.plan.ahead, strict=True):
+            tokens.packed.ahead = ahead
 
 
 def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
@@ -87,12 +124,17 @@ def _plan_group(layers: list[LayerTokens]) -> Flush:
     score = _observe(layers, packed, sequences, stored) if observes else None
     incoming = incoming_tokens(sequences, leaving, window, score)
     widths = [filled.shape[1] for filled, _ in stored]
+    new = first.config.selects and observes_new(first.score) and not first.whole
+    seen = _observe_new(layers, sequences, stored) if new else [None] * len(layers)
     materials = [
-        LayerMaterial(t, t.packed, own, widths, incoming.valid.shape[1], t.call)
-        for t, own in zip(layers, sequences, strict=True)
+        LayerMaterial(t, t.packed, own, widths, incoming.valid.shape[1], t.call, observed=fresh)
+        for t, own, fresh in zip(layers, sequences, seen, strict=True)
     ]
     plan = plan_tiers(layers, packed, incoming, stored, fill, materials, rescored=True)
-    return Flush(layers, packed, plan, kernels.code(packed, plan, incoming), sequences, leaving)
+    entering, heads = first.config.flush, first.window.heads
+    ahead = most_ahead(plan.lengths, packed.layouts[0].tokens, entering, len(layers), heads)
+    plan.numbers, plan.ahead = torch.cat([plan.numbers, ahead.flatten()]), [[] for _ in layers]
+    return Flush(layers, packed, plan, incoming, sequences, leaving)
 
 
 def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequences], stored: Stored) -> Tensor:
@@ -100,17 +142,31 @@ def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequ
 
     Tokens in pages that sequences share keep their scores.
     """
-    rows, scores = layers[0].packed.rows, []
     for _, parts in stored:
         parts["score"] = parts["score"].float()
     before = [parts["score"].clone() if packed.pool.owners is not None else parts["score"] for _, parts in stored]
-    for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
-        part = slice(index * rows, (index + 1) * rows)
-        held = [{name: x[part] for name, x in parts.items()} for _, parts in stored]
-        scores.append(tokens.kernels.observe_stored(tokens, own, held))
+    scores = _window_scores(layers, sequences, [parts for _, parts in stored])
     for tier, (_, parts) in enumerate(stored):
         parts["score"] = _kept_where_shared(packed, tier, parts["score"], before[tier])
     return torch.cat(scores)
+
+
+def _observe_new(layers: list[LayerTokens], sequences: list[Sequences], stored: Stored) -> Sequence[Tensor | None]:
+    """Scores of every layer's window tokens, [rows, n] each; what is stored keeps its own."""
+    return _window_scores(
+        layers, sequences, [{**p, "score": p["score"].to(torch.float32, copy=True)} for _, p in stored]
+    )
+
+
+def _window_scores(
+    layers: list[LayerTokens], sequences: list[Sequences], stored: list[dict[str, Tensor]]
+) -> list[Tensor]:
+    """Let every layer's kernels observe: its window's scores [rows, n]; packed tokens' go into `stored`, per tier."""
+    rows, scores = layers[0].packed.rows, []
+    for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
+        part = slice(index * rows, (index + 1) * rows)
+        scores.append(tokens.kernels.observe_stored(tokens, own, [{n: x[part] for n, x in p.items()} for p in stored]))
+    return scores
 
 
 def _kept_where_shared(packed: PackedRows, tier: int, new: Tensor, old: Tensor) -> Tensor:
@@ -152,7 +208,7 @@ def plan_tiers(
     materials: list[LayerMaterial],
     rescored: bool,
 ) -> Compaction:
-    """Ask the scores and policies of layers that are alike; new scores go into `incoming` and `stored`.
+    """Ask the scores and policies of layers that are alike -> a draft; new scores go into `incoming` and `stored`.
 
     Args:
         packed: the rows of all of them.
@@ -165,7 +221,7 @@ def plan_tiers(
     current = torch.cat([*now, torch.where(incoming.valid, NEW, EMPTY)], 1).to(torch.int8)
     if not layers[0].config.selects or not current.shape[1]:
         empty = [filled.float() for filled, _ in stored]
-        return packed.plan(torch.full_like(current, HIGH), current, empty, False, check)
+        return packed.draft(torch.full_like(current, HIGH), current, empty, False, check)
     old = [parts["score"].float() for _, parts in stored]
     birth = torch.cat([*(parts["birth"].long() for _, parts in stored), incoming.birth], 1)
     own = layers[0].score is not None
@@ -182,7 +238,7 @@ def plan_tiers(
         target = torch.where(current == NEW, target, current)
         if layers[0].config.reconstructs:  # the second pass decides what is pruned
             target = torch.where(target == PRUNED, LOW if packed.tiers == 2 else HIGH, target)
-    return packed.plan(target, current, old, rescored, check)
+    return packed.draft(target, current, old, rescored, check)
 
 
 def _candidates(
@@ -209,6 +265,7 @@ def _candidates(
             costs=tokens.costs if shared is None else shared,
             material=material,
             prompt=prompt,
+            span=after.seen,
         )
         for tokens, material, own_score, own_birth, own_tier in zip(layers, materials, *parts, strict=True)
     ]
@@ -263,7 +320,7 @@ def _together(asked: list[Candidates]) -> Candidates:
 def _check_fixed_cost(tokens: LayerTokens, candidates: Candidates) -> None:
     if tokens.config.budget is None:
         return
-    exact = candidates.length * candidates.tier.shape[1] * candidates.costs.exact_token  # [batch]
-    ratio = candidates.costs.fixed / max(int(exact.max()), 1)
+    length = int(candidates.length.max()) if candidates.span is None else candidates.span
+    ratio = candidates.costs.fixed / max(length * candidates.tier.shape[1] * candidates.costs.exact_token, 1)
     if ratio > tokens.config.budget:
         tokens.cache.note_fixed_cost(ratio)

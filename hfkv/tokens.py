@@ -49,6 +49,7 @@ class Snapshot(NamedTuple):
     window: Window
     queries: tuple[Tensor | None, list[int], int]
     call: Call | None
+    mean: tuple[Tensor, Tensor | None]
     table: PageTable | None
 
 
@@ -132,9 +133,14 @@ class LayerTokens:
 
     def append(self, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call) -> None:
         """Put a chunk into the window, which has room for it, and keep some of its queries."""
-        after = self.cache.fills.advanced(self.fill, chunk.k.shape[2], valid)
-        self.window.append(chunk.k, chunk.v, self.fill, valid)
+        before, after = self.fill, self.cache.fills.advanced(self.fill, chunk.k.shape[2], valid)
         self.fill, self.call = after, call
+        if valid is None and chunk.k.shape[2] == q.shape[2] == 1:
+            slot = self.queries.slot_for(q, after.seen) if self.config.selects else None
+            kept = None if slot is None else self.queries.q
+            self.kernels.append_one(chunk.k, chunk.v, q, self.window, before, after, kept, slot)
+            return
+        self.window.append(chunk.k, chunk.v, before, valid)
         if self.config.selects:
             self.queries.add(q, after.seen)
 
@@ -196,6 +202,7 @@ class LayerTokens:
         widths = [filled.shape[1] for filled, _ in stored]
         material = LayerMaterial(self, packed, sequences, widths, incoming.valid.shape[1], call, q, valid)
         plan = plan_tiers([self], packed, incoming, stored, sequences.fill, [material], rescored=False)
+        packed.count(plan, plan.numbers.tolist())
         coded = self.kernels.code(packed, plan, incoming)
         self.cache.reserve(packed.pool, [(packed, plan)])
         self.kernels.apply(packed, plan, coded)
@@ -255,12 +262,14 @@ class LayerTokens:
     def snapshot(self, packs: bool) -> Snapshot:
         """As things are; without `packs` the coming chunk goes to the window alone."""
         table = self.packed.table.clone() if packs else None
-        return Snapshot(self.fill, self.window, self.queries.state, self.call, table)
+        mean = self.packed.has_mean, self.packed.basis.mean
+        return Snapshot(self.fill, self.window, self.queries.state, self.call, mean, table)
 
     def restore(self, state: Snapshot) -> None:
         """Undo the chunk that was stored since `snapshot`."""
         if state.table is not None:
             self.packed.restore(state.table)
+            self.packed.has_mean, self.packed.basis.mean = state.mean
         self.fill, self.window, self.queries.state, self.call = state.fill, state.window, state.queries, state.call
 
 

@@ -53,9 +53,13 @@ class Window:
             part = slice(before.most, before.most + k.shape[2])
             self.k[:, :, part], self.v[:, :, part] = k, v
             return
-        keep = _all_real(k) if valid is None else valid
-        slot = before.counts[:, None] + keep.long().cumsum(1) - 1  # [batch, q]
-        row, column = keep.nonzero(as_tuple=True)
+        if valid is None:  # nothing that the host would have to count
+            slot = before.counts[:, None] + torch.arange(k.shape[2], device=k.device)  # [batch, q]
+            row = torch.arange(k.shape[0], device=k.device)[:, None]
+            self.k[row, :, slot], self.v[row, :, slot] = k.transpose(1, 2), v.transpose(1, 2)
+            return
+        slot = before.counts[:, None] + valid.long().cumsum(1) - 1  # [batch, q]
+        row, column = valid.nonzero(as_tuple=True)
         self.k[row, :, slot[row, column]] = k[row, :, column]
         self.v[row, :, slot[row, column]] = v[row, :, column]
 
@@ -137,6 +141,15 @@ class KeptQueries:
         if picked:
             self.positions = [*self.positions, *(seen - new + i for i in picked)]
         return picked
+
+    def slot_for(self, q: Tensor, seen: int) -> int | None:
+        """Count one query, the newest of `seen` logical tokens -> its slot in `q`, None where it is not kept."""
+        held = len(self.positions)
+        if not self.pick(1, seen):
+            return None
+        if self.q is None:
+            self.q = q.new_zeros(q.shape[0], q.shape[1], self.most, q.shape[3])
+        return held
 
     def add(self, q: Tensor, seen: int) -> None:
         """Take every few of q [batch, q_heads, new, D], the newest of `seen` logical tokens."""

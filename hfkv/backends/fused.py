@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
+from hfkv.fill import Fill
 from hfkv.handle import Chunk
-from hfkv.kernels.quantize_pack import Basis
+from hfkv.kernels.quantize_pack import Basis, check_flags
 from hfkv.kernels.triton import (
     append,
     chunk_attention,
@@ -22,7 +23,7 @@ from hfkv.kernels.triton import (
     prompt_attention,
 )
 from hfkv.kernels.triton.constants import power_of_two
-from hfkv.kernels.triton.quantize_pack import TierPages, check_flags
+from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.kernels.triton.tiles import Pages
 from hfkv.kernels.triton.work import StepPlan, Workspace
 from hfkv.observe import SCORE_HORIZON, kept_queries, newest_queries
@@ -31,7 +32,7 @@ from hfkv.paging.device import apply_on_device, check_incoming
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.table import PageTable
-from hfkv.window import Sequences
+from hfkv.window import Sequences, Window
 
 if TYPE_CHECKING:
     from hfkv.tokens import LayerTokens
@@ -46,6 +47,7 @@ class FusedKernels:
     """
 
     name = "triton"
+    defers = True
 
     def __init__(self, device: torch.device, spaces: dict[torch.device, Any]) -> None:
         self.space: Workspace = spaces.setdefault(device, Workspace.on(device))
@@ -71,6 +73,20 @@ class FusedKernels:
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         plan = self._plan(past, q.shape[1] // past.window.heads * q.shape[2])
         return decode_attention.attend_step(past, q, call, plan, pages=past.view)
+
+    @staticmethod
+    def append_one(
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        window: Window,
+        before: Fill,
+        after: Fill,
+        queries: Tensor | None,
+        slot: int | None,
+    ) -> None:
+        kept = None if slot is None else append.kept_slot(slot, k.device)
+        append.append_step(k, v, q, window.k, window.v, after.counts, queries, kept)
 
     begin_step = staticmethod(append.begin_step)
     append_step = staticmethod(append.append_step)

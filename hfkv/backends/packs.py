@@ -23,6 +23,8 @@ from hfkv.paging.table import PageTable
 class PackKernels(FusedKernels):
     """`Kernels` of packed tiers: decode steps read packs where they lie; what happens once per flush is plain torch."""
 
+    defers = False
+
     def __init__(self, device: Any, spaces: dict[Any, Any]) -> None:
         super().__init__(device, spaces)
         self._packs: tuple[PageTable | None, PackPlan | None] = (None, None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_chunk, attend_own, attend_step
+from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels import kvcrush
 from hfkv.kernels.append import append_step, begin_step
@@ -17,7 +18,7 @@ from hfkv.observe import observe_chunk, observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.rows import Incoming, PackedRows
-from hfkv.window import Sequences
+from hfkv.window import Sequences, Window
 
 if TYPE_CHECKING:
     from hfkv.tokens import LayerTokens
@@ -28,9 +29,11 @@ class Kernels(Protocol):
 
     Attributes:
         name: `torch` or `triton`, for the report.
+        defers: whether `apply` can do without what the host would know of a plan.
     """
 
     name: str
+    defers: bool
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +50,20 @@ class Kernels(Protocol):
 
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         """Attention of the newest queries, whose tokens are in the window already."""
+        ...
+
+    def append_one(
+        self,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        window: Window,
+        before: Fill,
+        after: Fill,
+        queries: Tensor | None,
+        slot: int | None,
+    ) -> None:
+        """Write one real token of every sequence into the window, and its queries into `slot` of those kept."""
         ...
 
     def begin_step(self, counts: Tensor, kept: Tensor | None, every: int, most: int) -> None:
@@ -138,11 +155,28 @@ class PlainKernels:
 
     name = "torch"
     nbytes = 0
+    defers = False
 
     view = staticmethod(PackedLayer.work)
     attend_own = staticmethod(attend_own)
     begin_step = staticmethod(begin_step)
     append_step = staticmethod(append_step)
+
+    @staticmethod
+    def append_one(
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        window: Window,
+        before: Fill,
+        after: Fill,
+        queries: Tensor | None,
+        slot: int | None,
+    ) -> None:
+        window.append(k, v, before, None)
+        if queries is not None and slot is not None:
+            queries[:, :, slot : slot + 1] = q
+
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)

@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import types
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ from hfkv.cache import LeanKVCache
 from hfkv.graphs.host import HostDecode
 from hfkv.graphs.step import DecodeStep, Recorder, Request
 from hfkv.layer import LeanKVLayer
+from hfkv.masks import GROW, follow_growth, made_from
 
 logger = logging.getLogger("hfkv")
 
 _STATE = "_hfkv_decode"
 _FORWARD = "forward"
-_GROW = "_update_model_kwargs_for_generation"
-_EXTENDS = "_hfkv_extends"
-"""A mask that `generate` made from another by ones has a reference to that other under this name."""
 
 _FLAGS = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """What a call may say of these and still be captured, beside nothing."""
@@ -207,8 +204,7 @@ class CompiledDecode:
             return None
         if mask.dim() != 2 or mask.shape != (fill.batch, fill.seen + 1):
             return "an attention mask of another shape than [batch, tokens]"
-        grown = getattr(mask, _EXTENDS, None)
-        if grown is not None and step.mask is not None and grown() is step.mask and step.is_current(cache):
+        if step.mask is not None and made_from(mask) == step.mask and step.is_current(cache):
             return None
         real = mask != 0
         agrees = real[:, -1].all() & (real.sum(1) == fill.lengths + 1).all()
@@ -257,7 +253,7 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
     if devices == ["cpu"]:
         require_compiler()
         remove(model)
-        _install(model, HostDecode({name: model.__dict__[name] for name in (_FORWARD,) if name in model.__dict__}))
+        _install(model, HostDecode({name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}))
         return model
     if len(devices) != 1 or not devices[0].startswith("cuda"):
         raise ValueError(
@@ -272,12 +268,11 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
 def install(model: PreTrainedModel, recorder: Recorder) -> PreTrainedModel:
     """`compile_decode` by graphs without its checks, with another recorder."""
     remove(model)
-    before = {name: model.__dict__[name] for name in (_FORWARD, _GROW) if name in model.__dict__}
+    before = {name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
     _install(model, CompiledDecode(text, takes_positions, recorder, before))
-    if getattr(type(model), _GROW) is getattr(GenerationMixin, _GROW) and _GROW not in before:
-        model.__dict__[_GROW] = types.MethodType(_grow, model)
+    follow_growth(model)
     return model
 
 
@@ -290,7 +285,7 @@ def remove(model: PreTrainedModel) -> None:
     """Undo `compile_decode`, if it was called."""
     state = model.__dict__.pop(_STATE, None)
     if state is not None:
-        for name in (_FORWARD, _GROW):
+        for name in (_FORWARD, GROW):
             model.__dict__.pop(name, None)
         model.__dict__.update(state.before)
 
@@ -317,13 +312,3 @@ def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         return self.__dict__[_STATE].forward(self, args, kwargs)
 
     return forward
-
-
-def _grow(self: Any, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """GenerationMixin's own, and a note on a mask that it has grown by ones."""
-    before = model_kwargs.get("attention_mask")
-    updated = GenerationMixin._update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs)
-    after = updated.get("attention_mask")
-    if isinstance(before, Tensor) and isinstance(after, Tensor) and after is not before:
-        setattr(after, _EXTENDS, weakref.ref(before))
-    return updated

@@ -16,7 +16,7 @@ class HostDecode:
     """What a model's forward does under `compile_decode` on the CPU.
 
     Args:
-        before: what the model had as its own `forward`, by name.
+        before: what the model had as its own `forward` and `_update_model_kwargs_for_generation`, by name.
 
     Attributes:
         forwards: calls with a LeanKVCache so far.

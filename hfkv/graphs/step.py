@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hfkv.fill import Fill
+from hfkv.fill import Fill, State
 from hfkv.graphs.fills import LaterFill
 from hfkv.graphs.stand_in import Part, StepCache
 from hfkv.graphs.trace import NotCapturable, StepTrace
+from hfkv.masks import state
 from hfkv.tokens import plain_tensors
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class DecodeStep:
     def forget(self) -> None:
         """Drop the recording; the next step starts from what the cache holds."""
         self.parts: list[Part] = []
-        self.mask: Tensor | None = None
+        self.mask: State | None = None
         self.replayed = False
         self._cache: StepCache | None = None
         self._shape: tuple | None = None
@@ -186,7 +187,7 @@ class DecodeStep:
         out = self._on_device(own, request, forward)
         out = _handed_out(out, own, cache, copy=self.replayed)
         self._advance(cache)
-        self.mask = request.mask
+        self.mask = None if request.mask is None else state(request.mask)
         return out
 
     def _on_device(self, own: StepCache, request: Request, forward: Callable[..., Any]) -> Any:

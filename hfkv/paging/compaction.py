@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from hfkv.kernels.quantize_pack import Tokens, code_tokens, unpack_tokens
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import PageLayout
+
+if TYPE_CHECKING:
+    from hfkv.paging.sharing import Copies
 
 
 @dataclass
@@ -25,12 +29,15 @@ class Compaction:
         entering: per tier, bool [rows, n] of incoming tokens.
         lengths: int64 [rows, tiers] afterwards.
         scores: per tier, float [rows, slots], new scores of the stored tokens; None: they stay as they are.
-        growth: per tier, on the host: pages that rows need anew, and give back.
-        widest: pages of the longest row afterwards, on the host: per tier, then of all tiers together.
+        numbers: int64 [n], what the host may want to know, see `PackedRows.count`: the attributes below.
+        sharing: shared pages that would change.
+        ahead: per layer of the rows: its part of `most_ahead`, the last of the numbers; empty if it was not asked.
+        growth: per tier: pages that rows need anew, and give back.
+        widest: pages of the longest row afterwards: per tier, then of all tiers together.
         flags: what the check of the incoming tokens found, 0 for nothing.
         copied: per tier, bool [rows, pages]: shared pages of which a row needs a copy, to change it; None: no page is
             shared.
-        copies: per tier, on the host: how many pages are copied.
+        copies: per tier: how many pages are copied.
     """
 
     stay: list[Tensor]
@@ -38,11 +45,19 @@ class Compaction:
     entering: list[Tensor]
     lengths: Tensor
     scores: list[Tensor] | None
-    growth: list[list[int]]
-    widest: list[int]
+    numbers: Tensor
+    sharing: Copies
+    ahead: list[list[int]] = field(default_factory=list)
+    growth: list[list[int]] = field(default_factory=list)
+    widest: list[int] = field(default_factory=list)
     flags: int = 0
     copied: list[Tensor] | None = None
     copies: list[int] = field(default_factory=list)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the host knows the numbers."""
+        return bool(self.widest)
 
 
 class TierEdit:
@@ -76,10 +91,13 @@ class TierEdit:
         return self.position[row, slot // tokens] * tokens + slot % tokens
 
     def demoted(self, low: PageLayout, demoted: Tensor) -> tuple[Tokens, Tensor]:
-        """The demoted tokens in their new code, and how many each row has."""
+        """The demoted tokens in their new code, and how many each row has.
+
+        The low tier could code them when they came (`check_codable`); what the high tier's rounding adds saturates.
+        """
         tokens = compaction.take(self.layout, self.pages, self.flat(*demoted.nonzero(as_tuple=True)))
         keys, values = unpack_tokens(self.layout, tokens)
-        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"]), demoted.sum(1)
+        return code_tokens(low, keys, values, tokens["score"].float(), tokens["birth"], saturate=True), demoted.sum(1)
 
     def close_holes(self) -> None:
         """Fill holes from the tail, and leave free slots without metadata."""

@@ -23,11 +23,14 @@ def entering_slots(plan: Compaction, tier: int) -> Tensor:
 
 
 def check_incoming(rows: PackedRows, entering: list[Tensor], incoming: Incoming) -> Tensor:
-    """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored."""
-    rows.note_mean(incoming)
+    """Flags int32 [1] of incoming tokens that cannot be coded, found before anything is stored.
+
+    Those that enter the high tier must fit the low one too: they may be demoted.
+    """
+    rows.note_mean(incoming, look=False)
     flags = torch.zeros(1, dtype=torch.int32, device=rows.pool.device)
     for tier, chosen in enumerate(entering):
-        slots = torch.where(chosen, 0, -1).int()
+        slots = torch.where(chosen if tier == 0 else entering[0] | chosen, 0, -1).int()
         pages = TierPages(rows.table.ids, rows.pool.chunk_addresses, rows.layouts[tier], tier)
         tokens = (incoming.k, incoming.v, incoming.score, incoming.birth)
         pack_rows(pages, rows.basis, *tokens, slots, flags, store=False)
@@ -48,7 +51,10 @@ def take_copies(rows: PackedRows, plan: Compaction) -> PageTable:
 
 
 def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> None:
-    """Do what was planned; the pool must have room for it, and `check_incoming` must have found nothing."""
+    """Do what was planned; the pool must have room for it.
+
+    Where the host does not know the plan's numbers, `hfkv.paging.bounds.noting` must note them later.
+    """
     pool, tokens, tiers = rows.pool, rows.layouts[0].tokens, range(rows.tiers)
     before = take_copies(rows, plan)
     counts = [rows.page_counts(tier) for tier in tiers]
@@ -57,7 +63,7 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
     table = before.widened(rows.width_for(plan), counts[0])
     old = [TierPages(before.ids, pool.chunk_addresses, rows.layouts[tier], tier) for tier in tiers]
     new = [pages._replace(ids=table.ids) for pages in old]
-    flags = torch.zeros(1, dtype=torch.int32, device=pool.device)
+    flags = torch.zeros(1, dtype=torch.int32, device=pool.device)  # nobody asks: see `check_incoming`
 
     def settle(tier: int) -> None:
         compaction.move_tokens(old[tier], compaction.hole_sources(plan.stay[tier]))
@@ -72,7 +78,8 @@ def apply_on_device(rows: PackedRows, plan: Compaction, incoming: Incoming) -> N
     for tier in reversed(tiers):
         free_list = pool.free_list(rows.classes[tier])
         compaction.exchange_pages(tier, before.ids, table.ids, counts[tier], needed[tier], *free_list)
-        pool.note_exchange(rows.classes[tier], plan.growth[tier][1], plan.growth[tier][0])
+        if plan.counted:
+            pool.note_exchange(rows.classes[tier], plan.growth[tier][1], plan.growth[tier][0])
     if plan.demoted is not None:
         compaction.recode_tokens(old[0], new[1], ranked(plan.demoted, kept[1]), flags)
     settle(0)

@@ -34,7 +34,7 @@ class PackedLayer(PackedRows):
         self._work: WorkList | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_work": None}
+        return {**super().__getstate__(), "_work": None}
 
     @property
     def metadata_bytes(self) -> int:
@@ -51,6 +51,7 @@ class PackedLayer(PackedRows):
         return mean + 2 * 4 * self.rows * -(-tokens // self.layouts[0].tokens)
 
     def changed(self) -> None:
+        super().changed()
         self._work = None
 
     # ---- reading -------------------------------------------------------------------------------------------------
@@ -112,14 +113,15 @@ class PackedLayer(PackedRows):
             slot = index[:, None] * layout.tokens + torch.arange(layout.tokens, device=ids.device)
             compaction.clear(layout, pages, slot >= table.lengths[row, tier][:, None])
             self.pool.scatter(cls, ids, pages)
-        self.table, self._work = table, None
+        self.table = table
+        self.changed()
 
     def release(self) -> None:
         """Give all pages back."""
         for tier, cls in enumerate(self.classes):
             self.pool.release(cls, self.table.pages(tier, self.page_counts(tier))[0])
         self.table = PageTable(self.rows, self.pool.device)
-        self._work = None
+        self.changed()
 
 
 def _alike(counts: Tensor, spare: float) -> list[Tensor | None]:

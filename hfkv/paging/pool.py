@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfkv.paging.mail import Mail, sent
 from hfkv.paging.owners import SLOT_BITS, Owners
 from hfkv.quant import PageLayout
 
@@ -63,6 +64,7 @@ class PagePool:
     Attributes:
         owners: who shares pages; None while every page in use has one owner.
         copied_bytes: bytes of pages copied so far, since a row was to change one that others share.
+        uncodable: what mail has said of tokens that kernels have packed and could not code, 0 for nothing.
     """
 
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
@@ -74,12 +76,20 @@ class PagePool:
         self._spare: list[int] = []  # chunks that no class holds
         self._unborn: list[int] = []  # chunk ids of arenas that were given back
         self._owner: list[int] = []  # class of every chunk, -1: none
+        self._home: dict[int, tuple[int, int]] = {}  # of every chunk with memory: arena, first word in it
+        self._pending: list[tuple[Mail, Callable[[list[int]], None]]] = []
+        self._seen_used: list[int] | None = None  # `_used` as the host has just read it
         self._used = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks] pages in use
         self._arena_of = torch.zeros(0, dtype=torch.int32, device=self.device)  # [chunks]
         self._offset_of = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] words into the arena
         self.chunk_addresses = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks] bytes, for kernels
         self.owners: Owners | None = None
         self.copied_bytes = 0
+        self.uncodable = 0
+
+    def __getstate__(self) -> dict:
+        self.catch_up()
+        return self.__dict__
 
     def __setstate__(self, state: dict) -> None:
         """A copied or unpickled pool lies elsewhere in memory."""
@@ -88,7 +98,7 @@ class PagePool:
             self._note_addresses(arena)
 
     def _note_addresses(self, arena: _Arena) -> None:
-        index = torch.tensor(arena.chunks, device=self.device)
+        index = sent(arena.chunks, self.device)
         self.chunk_addresses[index] = self._offset_of[index] * WORD + arena.memory.data_ptr()
 
     # ---- sizes ---------------------------------------------------------------------------------------------------
@@ -113,6 +123,7 @@ class PagePool:
     @property
     def used_bytes(self) -> int:
         """Bytes of the pages in use, free slots inside them included."""
+        self.catch_up()
         return sum((c.pages - c.free) * c.layout.page_bytes for c in self._classes)
 
     def layout(self, cls: int) -> PageLayout:
@@ -144,24 +155,55 @@ class PagePool:
         """
         if not any(demand.values()):
             return
+        self.catch_up()
         if not self.chunk_bytes:
             self._choose_chunk(sum(self.layout(c).page_bytes * n for c, n in demand.items()))
-        missing = {c: -(-max(0, n - self._classes[c].free) // self._classes[c].per_chunk) for c, n in demand.items()}
+        missing = self._missing(demand)
         chunks = sum(missing.values())
         if chunks > len(self._spare):
             self._reclaim(demand)
         if chunks > len(self._spare):
             self._grow(chunks - len(self._spare), slack)
         for cls, count in missing.items():
-            for _ in range(count):
-                self._carve(self._spare[-1], cls)
-                self._spare.pop()
+            if count:
+                self._carve(count, cls)
+
+    def has_room(self, demand: dict[int, int]) -> bool:
+        """Whether `reserve` can do without more memory and without asking the device."""
+        self.catch_up()
+        return bool(self.chunk_bytes) and sum(self._missing(demand).values()) <= len(self._spare)
+
+    def _missing(self, demand: dict[int, int]) -> dict[int, int]:
+        """Chunks that each class lacks."""
+        return {c: -(-max(0, n - self._classes[c].free) // self._classes[c].per_chunk) for c, n in demand.items()}
+
+    # ---- what the host hears of the device later ---------------------------------------------------------------------
+
+    def expect(self, mail: Mail, note: Callable[[list[int]], None]) -> None:
+        """`note` the numbers of a mail as soon as somebody needs them: what kernels have done to pages is in them."""
+        self._pending.append((mail, note))
+
+    def catch_up(self) -> None:
+        """Take in the mail that is on its way: `free` of the classes is right from then on."""
+        while self._pending:
+            mail, note = self._pending.pop(0)
+            note(mail.read())
+
+    @property
+    def used_pages(self) -> Tensor:
+        """int64 [chunks], for the host to read together with other numbers; it hands them to `note_used`."""
+        return self._used.long()
+
+    def note_used(self, used: list[int] | None) -> None:
+        """Used pages of every chunk as the host has read them; None once they may differ."""
+        self._seen_used = used
 
     def allocate(self, cls: int, demand: Tensor) -> Tensor:
         """Take pages for all heads at once: demand int [rows] -> ids int32 [sum], each row's slice after the other's.
 
         Pages come with zero metadata. `reserve` must have been called for as many.
         """
+        self.catch_up()
         page_class = self._classes[cls]
         total = int(demand.sum())
         assert total <= page_class.free, "allocate without reserve"
@@ -212,7 +254,7 @@ class PagePool:
         return page_class.ring, page_class.pointers, self._used
 
     def note_exchange(self, cls: int, released: int, allocated: int) -> None:
-        """Count what kernels have done to a free list; `reserve` must have been called for it."""
+        """Count what kernels do to a free list; `reserve` must have been called for it."""
         self._classes[cls].free += released - allocated
         assert self._classes[cls].free >= 0, "pages taken without reserve"
 
@@ -221,6 +263,7 @@ class PagePool:
 
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
+        self.catch_up()
         self._reclaim({})
         spare = set(self._spare)
         for number, arena in list(self._arenas.items()):
@@ -228,6 +271,8 @@ class PagePool:
                 del self._arenas[number]
                 self._unborn += arena.chunks
                 self._spare = [c for c in self._spare if c not in set(arena.chunks)]
+                for chunk in arena.chunks:
+                    del self._home[chunk]
 
     def close_up(self, cls: int) -> tuple[Tensor, Tensor]:
         """Move pages of the class into the free ones of as few chunks as hold them, so that `trim` finds empty ones.
@@ -235,6 +280,7 @@ class PagePool:
         Returns:
             (old, new) ids int32 [n] of the pages that were moved; page tables must follow them.
         """
+        self.catch_up()
         page_class, free = self._classes[cls], self._free_ids(self._classes[cls])
         own = [c for number in sorted(self._arenas) for c in self._arenas[number].chunks if self._owner[c] == cls]
         kept = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
@@ -404,27 +450,35 @@ class PagePool:
             self.chunk_addresses = torch.nn.functional.pad(self.chunk_addresses, pad)
             self._fit_owners()
         arena.chunks = [self._unborn.pop() for _ in range(chunks)]
-        index = torch.tensor(arena.chunks, device=self.device)
+        words = self.chunk_bytes // WORD
+        self._home.update((chunk, (number, i * words)) for i, chunk in enumerate(arena.chunks))
+        index = sent(arena.chunks, self.device)
         self._arena_of[index] = number
-        self._offset_of[index] = torch.arange(chunks, device=self.device) * (self.chunk_bytes // WORD)
+        self._offset_of[index] = torch.arange(chunks, device=self.device) * words
         self._note_addresses(arena)
         self._spare += reversed(arena.chunks)
 
-    def _carve(self, chunk: int, cls: int) -> None:
-        """Give a class the pages of a chunk; what counts them changes last and at once, also for an interruption."""
-        page_class = self._classes[cls]
-        pages = page_class.pages + page_class.per_chunk
+    def _carve(self, count: int, cls: int) -> None:
+        """Give a class the pages of spare chunks; what counts them changes last and at once, if interrupted too."""
+        page_class, chunks = self._classes[cls], self._spare[-count:][::-1]
+        fresh = count * page_class.per_chunk
+        pages = page_class.pages + fresh
         self._ensure_ring(page_class, pages)
-        slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device) | (chunk << SLOT_BITS)
-        self._zero_metadata(cls, slots)
-        index = (
-            page_class.pointers[1] + torch.arange(page_class.per_chunk, device=self.device)
-        ) % page_class.ring.numel()
-        page_class.ring[index] = slots
-        page_class.pointers[1] += page_class.per_chunk
-        page_class.free += page_class.per_chunk
+        for chunk in chunks:
+            number, first = self._home[chunk]
+            width = page_class.layout.page_bytes // WORD
+            held = self._arenas[number].memory[first : first + page_class.per_chunk * width].view(-1, width)
+            held[:, page_class.layout.zero_start // WORD :].zero_()
+        slots = torch.arange(page_class.per_chunk, dtype=torch.int32, device=self.device)
+        ids = (sent(chunks, self.device, torch.int32)[:, None] << SLOT_BITS | slots).flatten()
+        index = (page_class.pointers[1] + torch.arange(fresh, device=self.device)) % page_class.ring.numel()
+        page_class.ring[index] = ids
+        page_class.pointers[1] += fresh
+        page_class.free += fresh
         page_class.pages = pages
-        self._owner[chunk] = cls
+        for chunk in chunks:
+            self._owner[chunk] = cls
+        del self._spare[-count:]
 
     def _free_ids(self, page_class: _PageClass) -> Tensor:
         if page_class.free == 0:
@@ -435,7 +489,8 @@ class PagePool:
     def _set_free_ids(self, page_class: _PageClass, ids: Tensor, size: int) -> None:
         page_class.ring = torch.zeros(size, dtype=torch.int32, device=self.device)
         page_class.ring[: ids.numel()] = ids
-        page_class.pointers = torch.tensor([0, ids.numel()], dtype=torch.int64, device=self.device)
+        page_class.pointers = torch.zeros(2, dtype=torch.int64, device=self.device)
+        page_class.pointers[1].fill_(ids.numel())
         page_class.free = ids.numel()
 
     def _ensure_ring(self, page_class: _PageClass, pages: int) -> None:
@@ -444,7 +499,7 @@ class PagePool:
 
     def _reclaim(self, demand: dict[int, int]) -> None:
         """Make empty chunks spare, save those that the demanded classes are about to use."""
-        used = self._used.tolist()
+        used = self._used.tolist() if self._seen_used is None else self._seen_used
         for cls, page_class in enumerate(self._classes):
             empty = [c for c, owner in enumerate(self._owner) if owner == cls and used[c] == 0]
             surplus = (page_class.free - demand.get(cls, 0)) // max(page_class.per_chunk, 1)
@@ -452,10 +507,13 @@ class PagePool:
             if not empty:
                 continue
             gone = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
-            gone[torch.tensor(empty, device=self.device)] = True
+            gone[sent(empty, self.device)] = True
             ids = self._free_ids(page_class)
             pages = page_class.pages - len(empty) * page_class.per_chunk
-            self._set_free_ids(page_class, ids[~gone[(ids >> SLOT_BITS).long()]], max(1, pages))
+            order = gone[(ids >> SLOT_BITS).long()].long().argsort(stable=True)  # those that stay first
+            self._set_free_ids(
+                page_class, ids[order[: page_class.free - len(empty) * page_class.per_chunk]], max(1, pages)
+            )
             page_class.pages = pages
             for chunk in empty:
                 self._owner[chunk] = -1

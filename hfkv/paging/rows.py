@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.compaction import pages_for, take
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, pack_tokens, unpack_tokens
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, pack_tokens, unpack_tokens
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
 from hfkv.paging.sharing import Copies, frozen
@@ -70,7 +70,32 @@ class PackedRows:
         self.basis = basis
         self.shift = shift
         self.has_mean = torch.zeros(self.rows, dtype=torch.bool, device=pool.device)
-        self.widest = [0] * len(layouts)
+        self._widest = [0] * (len(layouts) + 1)
+        self._ahead: list[int] = []
+
+    def __getstate__(self) -> dict:
+        self.pool.catch_up()
+        return self.__dict__
+
+    @property
+    def widest(self) -> list[int]:
+        """At least the pages of the longest row: per tier, then of all tiers together."""
+        self.pool.catch_up()
+        return self._widest
+
+    @widest.setter
+    def widest(self, pages: list[int]) -> None:
+        self._widest = pages
+
+    @property
+    def ahead(self) -> list[int]:
+        """What the next flush takes at most, as `hfkv.paging.bounds.most_ahead` says; empty where nobody knows."""
+        self.pool.catch_up()
+        return self._ahead
+
+    @ahead.setter
+    def ahead(self, most: list[int]) -> None:
+        self._ahead = most
 
     def empty(self, rows: int) -> PackedRows:
         """So many rows of this kind that hold nothing yet."""
@@ -103,6 +128,7 @@ class PackedRows:
 
     def changed(self) -> None:
         """Called whenever pages or table have changed."""
+        self._ahead = []
 
     @property
     def rows(self) -> int:
@@ -163,7 +189,19 @@ class PackedRows:
         rescored: bool = True,
         check: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> Compaction:
-        """Turn a policy's answer into a compaction; tokens of shared pages stay where they are.
+        """A compaction, drafted and counted; see `draft`."""
+        plan = self.draft(target, current, scores, rescored, check)
+        return self.count(plan, plan.numbers.tolist())
+
+    def draft(
+        self,
+        target: Tensor,
+        current: Tensor,
+        scores: list[Tensor],
+        rescored: bool = True,
+        check: Callable[[list[Tensor]], Tensor] | None = None,
+    ) -> Compaction:
+        """Turn a policy's answer into a compaction, without a look at the device; tokens of shared pages stay put.
 
         Args:
             target: int8 [rows, stored slots of tier 0, of tier 1, incoming], the tier every token shall have.
@@ -172,6 +210,9 @@ class PackedRows:
             rescored: whether the scores differ from those stored.
             check: looks at the tokens that enter each tier, bool [rows, n], and returns flags int32 [1] of what cannot
                 be coded; they come to the host together with the page counts.
+
+        Returns:
+            A compaction whose numbers the host does not know yet: `count` takes them in.
         """
         widths = [s.shape[1] for s in scores]
         widths.append(target.shape[1] - sum(widths))
@@ -188,42 +229,51 @@ class PackedRows:
             lengths[:, 1] += demoted.sum(1)
         needed = pages_for(lengths, self.layouts[0].tokens)  # [rows, tiers]
         change = needed - torch.stack([self.page_counts(tier) for tier in range(self.tiers)], 1)
-        summary = (
+        copies = Copies.of(self, stay, lengths, needed)
+        flags = lengths.new_zeros(1) if check is None else check(entering).long()
+        numbers = (
             change.clamp_min(0).sum(0),
             (-change).clamp_min(0).sum(0),
             needed.amax(0),
             needed.sum(1).amax()[None],
+            flags,
+            *copies.numbers,
         )
-        copies = Copies.of(self, stay, lengths, needed)
-        flags = () if check is None else (check(entering).long(),)
-        numbers = torch.cat((*summary, *copies.numbers, *flags)).tolist()  # the one look of the host at a compaction
-        growth = [numbers[tier : 2 * self.tiers : self.tiers] for tier in range(self.tiers)]
-        if len(set(self.classes)) < self.tiers:  # one free list: there is room in whatever order tiers use it
-            growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
-        widest, rest = numbers[2 * self.tiers : 3 * self.tiers + 1], numbers[3 * self.tiers + 1 :]
-        rest = copies.count(rest)
         new_scores = scores if rescored else None
-        return Compaction(
-            stay, demoted, entering, lengths, new_scores, growth, widest, sum(rest), copies.pages, copies.counts
-        )
+        return Compaction(stay, demoted, entering, lengths, new_scores, torch.cat(numbers), copies)
+
+    def count(self, plan: Compaction, numbers: list[int]) -> Compaction:
+        """Take in what `plan.numbers` are on the host; returns the plan."""
+        tiers = self.tiers
+        growth = [numbers[tier : 2 * tiers : tiers] for tier in range(tiers)]
+        if len(set(self.classes)) < tiers:  # one free list: there is room in whatever order tiers use it
+            growth = [[sum(grown for grown, _ in growth), 0], [0, sum(freed for _, freed in growth)]]
+        plan.growth, plan.widest[:] = growth, numbers[2 * tiers : 3 * tiers + 1]
+        plan.flags, rest = numbers[3 * tiers + 1], numbers[3 * tiers + 2 :]
+        plan.copied, plan.copies = plan.sharing.counted(rest[: len(rest) - len(plan.ahead) * (tiers + 1)])
+        for number, most in enumerate(reversed(plan.ahead), 1):
+            most[:] = rest[len(rest) - number * (tiers + 1) :][: tiers + 1]
+        return plan
 
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
         self.note_mean(incoming)
+        if self.tiers == 2:
+            check_codable(self.layouts[1], self.basis, *incoming.chosen(plan.entering[0])[:3])
         return [
             pack_tokens(layout, self.basis, *incoming.chosen(entering))
             for layout, entering in zip(self.layouts, plan.entering, strict=True)
         ]
 
-    def note_mean(self, incoming: Incoming) -> None:
-        """Fix the mean key of every row at the first tokens that it packs."""
+    def note_mean(self, incoming: Incoming, look: bool = True) -> None:
+        """Fix the mean key of every row at the first tokens that it packs; `look` whether there are such rows."""
         if not self.shift:
             return
         if self.basis.mean is None:
             self.basis.mean = torch.zeros(self.rows, incoming.k.shape[-1], device=self.pool.device)
         count = incoming.valid.sum(1)  # [rows]
         fresh = ~self.has_mean & (count > 0)
-        if self.pool.device.type == "cpu" and not bool(fresh.any()):
+        if look and not bool(fresh.any()):
             return
         total = torch.bmm(incoming.valid.float()[:, None], incoming.k.float()).squeeze(1)  # [rows, D]
         mean = self.basis.rotate_keys(total / count.clamp_min(1)[:, None])
@@ -254,7 +304,7 @@ class PackedRows:
         """Go on with the table that a compaction has made."""
         for layout, copies in zip(self.layouts, plan.copies, strict=False):
             self.pool.copied_bytes += copies * layout.page_bytes
-        self.table, self.widest = table, plan.widest[: self.tiers]
+        self.table, self.widest = table, plan.widest
         self.changed()
 
     def settle(self) -> None:
@@ -265,7 +315,8 @@ class PackedRows:
 
     def width_for(self, plan: Compaction) -> int:
         """Columns of the page table afterwards; it grows by doubling."""
-        width, needed = self.table.ids.shape[1], plan.widest[-1]
+        width = self.table.ids.shape[1]
+        needed = plan.widest[-1] if plan.counted else 0  # not counted: `table_has_room`
         return width if needed <= width else max(needed, 2 * width)
 
     def rescore(self, tier: int, counts: Tensor, scores: Tensor) -> None:

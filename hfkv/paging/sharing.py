@@ -93,14 +93,12 @@ class Copies:
         pages: per tier, bool [rows, pages], those of which a row needs a copy; None: no page is shared.
         numbers: int64 [1] each, none where no page is shared: copies of every tier, owners of all pages beyond their
             first, shared pages that rows no longer need (there are none: see `owners`).
-        counts: copies per tier, once the host knows them.
     """
 
     def __init__(self, rows: PackedRows) -> None:
         self.pool = rows.pool
         self.pages: list[Tensor] | None = None
         self.numbers: list[Tensor] = []
-        self.counts: list[int] = []
 
     @classmethod
     def of(cls, rows: PackedRows, stay: list[Tensor], lengths: Tensor, needed: Tensor) -> Copies:
@@ -124,17 +122,15 @@ class Copies:
         copies.numbers = [*(pages.sum()[None] for pages in copies.pages), owners.extra.sum()[None], useless]
         return copies
 
-    def count(self, numbers: list[int]) -> list[int]:
-        """Take one's own from the numbers that the host has read -> the others."""
+    def counted(self, numbers: list[int]) -> tuple[list[Tensor] | None, list[int]]:
+        """What `numbers` are on the host -> `pages`, None where none is copied, and how many are copied per tier."""
         if self.pages is None:
-            return numbers
-        *self.counts, shared, useless = numbers[: len(self.numbers)]
+            return None, []
+        *copies, shared, useless = numbers
         assert useless == 0, "a compaction gives a shared page back"
         if shared == 0:
             self.pool.owners = None
-        if not any(self.counts):
-            self.pages = None
-        return numbers[len(self.numbers) :]
+        return (self.pages if any(copies) else None), copies
 
 
 def _page_grid(rows: PackedRows, tier: int, pages: int) -> tuple[Tensor, Tensor]:

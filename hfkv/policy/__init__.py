@@ -16,8 +16,8 @@ It may only move tokens down: a promoted low token would stay as coarse as it is
 
 from hfkv.policy.candidates import Candidates, Costs, Material
 from hfkv.policy.representatives import KVCrush, Representation, Representatives
-from hfkv.policy.scores import SCORES, Mixed, Score, score_of
-from hfkv.policy.tiers import Budget, Policy, Shares, Thresholds, by_quota, keep_all, only_down, policy_of
+from hfkv.policy.scores import SCORES, Mixed, Score, observes_new, score_of
+from hfkv.policy.tiers import Budget, Policy, Shares, Thresholds, by_quota, keep_all, keeps_quota, only_down, policy_of
 
 __all__ = [
     "SCORES",
@@ -35,6 +35,8 @@ __all__ = [
     "Thresholds",
     "by_quota",
     "keep_all",
+    "keeps_quota",
+    "observes_new",
     "only_down",
     "policy_of",
     "score_of",

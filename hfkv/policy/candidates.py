@@ -62,6 +62,10 @@ class Material(Protocol):
         """N times the mean probability given by the observing queries, float32 [batch, q_heads, T]."""
         ...
 
+    def observed(self) -> Tensor | None:
+        """At a flush `attention` of new tokens, largest over the group, [batch, kv_heads, T]; None: nobody observed."""
+        ...
+
     def accumulated(self) -> Tensor:
         """Probability received since the last time, summed over queries, float32 [batch, q_heads, T]."""
         ...
@@ -95,6 +99,8 @@ class Candidates:
         costs: bytes, see `Costs`.
         material: keys, values and attention, read when first asked for; None where there are none.
         prompt: True while a prompt (or a long chunk of one) is stored: stored tokens then stay as they are.
+        span: logical tokens so far, pads included: what the host knows of `length` and `birth` without asking the
+            device, for all are at most (`birth` less than) that. None: it has to ask.
     """
 
     score: Tensor
@@ -106,6 +112,7 @@ class Candidates:
     costs: Costs
     material: Material | None = None
     prompt: bool = False
+    span: int | None = None
 
     @property
     def exists(self) -> Tensor:
@@ -134,6 +141,14 @@ class Candidates:
         At a prompt its last `observe` queries observe, at a flush those kept of the last steps.
         """
         return self._material("attention").attention()
+
+    @functools.cached_property
+    def observed(self) -> Tensor | None:
+        """What the layer's kernels have seen of `attention` at a flush, largest over the group, of new tokens alone.
+
+        float32 [batch, kv_heads, T], 0 for stored ones; None where they were not asked.
+        """
+        return None if self.material is None else self.material.observed()
 
     @functools.cached_property
     def accumulated(self) -> Tensor:

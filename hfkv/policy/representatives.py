@@ -122,7 +122,7 @@ class _ByPosition:
     """Numbers per slot, brought into the order of positions, the same for all heads, and back."""
 
     def __init__(self, c: Candidates) -> None:
-        self._width = int(torch.where(c.exists, c.birth, 0).max()) + 1
+        self._width = int(torch.where(c.exists, c.birth, 0).max()) + 1 if c.span is None else c.span
         self._at = torch.where(c.exists, c.birth, self._width)  # [batch, kv_heads, T]; the last column takes the rest
 
     def spread(self, x: Tensor) -> Tensor:

@@ -159,7 +159,9 @@ class Once:
 def in_phase(name: str, c: Candidates) -> Tensor:
     """A score by name; those that need a prompt's queries are taken by attention afterwards."""
     second_pass = name == "kvzip" and c.reconstructed is not None
-    return SCORES["attention" if name in PROMPT_ONLY and not (c.prompt or second_pass) else name](c)
+    if name not in PROMPT_ONLY or c.prompt or second_pass:
+        return SCORES[name](c)
+    return attention(c) if c.observed is None else c.observed
 
 
 def score_of(name: str | Sequence[str] | Score) -> Score | None:
@@ -172,6 +174,13 @@ def score_of(name: str | Sequence[str] | Score) -> Score | None:
     if names == ("h2o",):
         return h2o
     return Once(Mixed(names) if len(names) > 1 else Named(names[0]))
+
+
+def observes_new(score: Score | None) -> bool:
+    """Whether a layer's score takes tokens by their attention at a flush, but only new ones."""
+    given = score.score if isinstance(score, Once) else None
+    names = given.scores if isinstance(given, Mixed) else (given.name,) if isinstance(given, Named) else ()
+    return any(name in PROMPT_ONLY for name in names)
 
 
 def ranked(c: Candidates, score: Tensor) -> Tensor:

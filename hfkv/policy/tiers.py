@@ -71,9 +71,7 @@ class Budget:
         least = self.high_least
         spread = self._largest(c, allowed, lambda share: (seen * (share * self.high_most), seen))
         fits = self._bytes(c, self._tiers(c, (seen * 0, seen))) <= allowed  # [batch]: all low fits
-        pruned = self._largest(
-            c, allowed, lambda share: (seen * torch.minimum(share, share.new_tensor(least)), seen * share)
-        )
+        pruned = self._largest(c, allowed, lambda share: (seen * share.clamp_max(least), seen * share))
         return torch.where(fits[:, None, None], spread, pruned)
 
     def _largest(
@@ -119,6 +117,14 @@ def by_quota(c: Candidates, high: Tensor | None, keep: Tensor, representatives: 
 def only_down(c: Candidates, tiers: Tensor) -> Tensor:
     """A policy's answer with promotions read as staying: LOW -> HIGH becomes LOW."""
     return torch.where((c.tier == LOW) & (tiers == HIGH), LOW, tiers)
+
+
+def keeps_quota(policy: Policy) -> bool:
+    """Whether a flush makes no more tokens of a layer and sequence low than enter it, if the last flush did it too.
+
+    So it is where a number of tokens may be high that never falls: those beyond it are at most as many as are new.
+    """
+    return isinstance(policy, Shares)
 
 
 def keep_all(c: Candidates) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfkv.kernels.compaction import hole_moves
-from hfkv.kernels.quantize_pack import Basis
+from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, Basis
 from hfkv.kernels.triton.compaction import hole_sources, read_scores
 from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.paging.device import apply_on_device, check_incoming
@@ -182,3 +182,53 @@ def test_an_unscored_layer_is_packed_too():
         flush(each, [40, 40], 40, torch.Generator().manual_seed(1), [1.0, 0.0, 0.0], on_device)
     check_same(layer, twin)
     check_pool(layer)
+
+
+def enter(layer, k, v, on_device, tier=HIGH, old=HIGH):
+    """Plan that k, v [rows, n, dim] enter a tier, and what is stored in the high one becomes `old`; applied if True."""
+    rows, n = k.shape[:2]
+    fresh = Incoming(k, v, torch.zeros(rows, n), torch.zeros(rows, n, dtype=torch.long), torch.ones(rows, n) > 0)
+    filled = [layer.slots(t, ())[0] for t in range(layer.tiers)]
+    now = [torch.where(f, (HIGH, LOW)[t], EMPTY) for t, f in enumerate(filled)]
+    current = torch.cat([*now, torch.full((rows, n), NEW)], 1)
+    target = torch.cat([torch.where(filled[0], old, EMPTY), now[1], torch.full((rows, n), tier)], 1)
+    check = (lambda entering: check_incoming(layer, entering, fresh)) if on_device else None
+    return layer.plan(target, current, [f.float() for f in filled], check=check), fresh
+
+
+@pytest.mark.parametrize("scheme, spread, bit", [("fitted", 1200, BEYOND_BYTE), ("minmax", 1e9, BEYOND_HALF)])
+def test_a_token_that_could_not_be_demoted_is_refused(scheme, spread, bit):
+    """A high tier of 8 bits, or of the model's dtype, holds vectors that no scale of the low one does."""
+    tiers = ((8, 4), (4, 2)) if scheme == "fitted" else ("exact", (4, 2))
+    layer = packed_layer(1, tiers, scheme=scheme)
+    k, v = torch.randn(2, 1, 5, 16, generator=torch.Generator().manual_seed(0))
+    k[0, 3] *= spread
+    plan, fresh = enter(layer, k, v, on_device=False)
+    with pytest.raises(ValueError, match=r"one byte|fp16"):
+        layer.code_incoming(plan, fresh)
+    plan, _ = enter(layer, k, v, on_device=True)
+    assert plan.flags & bit and int(layer.table.lengths.sum()) == 0
+    k[0, 3] /= spread
+    assert enter(packed_layer(1, tiers, scheme=scheme), k, v, on_device=True)[0].flags == 0
+
+
+@pytest.mark.parametrize("scheme", ["fitted", "minmax"])
+def test_what_demotion_cannot_hold_saturates_as_in_the_twin(scheme, monkeypatch):
+    """Only the high tier's rounding can lead there; here vectors that were let in unasked, far beyond the scale."""
+    monkeypatch.setattr("hfkv.paging.rows.check_codable", lambda *args: None)
+    layer = packed_layer(1, ((8, 4), (4, 2)) if scheme == "fitted" else ("exact", (4, 2)), scheme=scheme)
+    k, v = torch.randn(2, 1, 40, 16, generator=torch.Generator().manual_seed(0))
+    k[0, 7:20] *= 1200 if scheme == "fitted" else 1e6
+    plan, fresh = enter(layer, k, v, on_device=False)
+    layer.pool.reserve({layer.classes[0]: 2})
+    layer.apply(plan, layer.code_incoming(plan, fresh))
+    twin, none = copy.deepcopy(layer), torch.zeros(1, 0, 16)
+    for each, on_device in ((layer, True), (twin, False)):
+        plan, fresh = enter(each, none, none, on_device, old=LOW)
+        each.pool.reserve({each.classes[1]: 2})
+        if on_device:
+            apply_on_device(each, plan, fresh)
+        else:
+            each.apply(plan, each.code_incoming(plan, fresh))
+    assert layer.table.lengths.tolist() == [[0, 40]]
+    check_same(layer, twin, 1e-3)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from host_reads import Watch
 from oracle import make_layer, poison, relative_rms
 
 from hfkv.attend import Call
@@ -38,6 +39,20 @@ def test_more_queries_than_one_product_takes():
 @pytest.mark.parametrize("dim, groups", [(128, 8), (256, 1)])
 def test_a_prompt_in_half_precision(dim, groups):
     check_prompt(1, 2, groups, dim, 111, 111, 64, None, True, None, torch.float16, HALF)
+
+
+def test_no_probabilities_of_a_prompt_are_kept(monkeypatch):
+    """Nothing is made that is as large as [batch, heads, queries, keys]; the twin makes it."""
+    generator, largest = torch.Generator().manual_seed(0), []
+    q, k = (torch.randn(1, n, 192, 32, generator=generator) for n in (4, 1))
+    args = (Sequences(k, k, advance(Fill.empty(1, k.device), 192, None)), q, None, Call(0.2, None, None), None, 64)
+    for kernels in (FusedKernels, PlainKernels):
+        watch = Watch(monkeypatch)
+        with watch:
+            kernels.observe_chunk(*args)
+        largest.append(watch.largest)
+        assert watch.reads == []
+    assert largest[0] < 4 * 64 * 192 <= largest[1]
 
 
 def check_prompt(batch, heads, groups, dim, tokens, queries, count, softcap, sinks, valid, dtype, bound, known=False):

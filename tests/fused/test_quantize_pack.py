@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfkv.kernels import compaction
-from hfkv.kernels.quantize_pack import Basis, pack_tokens
-from hfkv.kernels.triton.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, TierPages, check_flags, pack_rows
+from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, Basis, check_flags, pack_tokens
+from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
 from hfkv.quant import Codec, PageLayout, rotation

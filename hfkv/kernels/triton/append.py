@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.window import KEPT_QUERIES
 
 
 @triton.jit
@@ -72,6 +76,16 @@ def begin_step(counts: Tensor, kept: Tensor | None, every: int, most: int) -> No
     batch = counts.numel()
     block = min(power_of_two(batch, 16), 1024)
     count_step[(-(-batch // block),)](counts, kept, batch, every, most, BLOCK=block, num_warps=1)
+
+
+def kept_slot(slot: int, device: torch.device) -> Tensor:
+    """What `begin_step` leaves in `kept` where a step's queries take this slot, for a step whose host knows it."""
+    return _numbers(device)[slot : slot + 3]
+
+
+@functools.lru_cache(maxsize=32)
+def _numbers(device: torch.device) -> Tensor:
+    return torch.arange(-2, KEPT_QUERIES, device=device)
 
 
 def append_step(

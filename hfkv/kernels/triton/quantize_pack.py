@@ -32,9 +32,6 @@ from hfkv.kernels.triton.constants import (
 from hfkv.quant import GAUSS_STEP, Codec, PageLayout
 
 BLOCK = 32
-NOT_FINITE, BEYOND_BYTE, BEYOND_HALF = 1, 2, 4
-"""Bits of the flag: NaN or infinity, a scale that no byte holds, fp16 metadata out of range."""
-
 SLICES = {0: 1, 8: 1, 4: 2, 3: 8, 2: 4}
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
 LARGEST = tl.constexpr(3.4028234663852886e38)
@@ -88,16 +85,6 @@ def page_constants(layout: PageLayout) -> dict[str, Any]:
         "SCORE": layout.fields["score"][0],
         "BIRTH": layout.fields["birth"][0],
     }
-
-
-def safe_norm(codec: Codec) -> float:
-    """Norm r up to which every vector can be coded, whatever it is.
-
-    A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer to
-    zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
-    """
-    affine = 35.0 * (codec.top - 0.5)
-    return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[codec.kind]
 
 
 # ---- addresses ---------------------------------------------------------------------------------------------------
@@ -339,18 +326,6 @@ def pack_rows(
             x, x.stride(0), x.stride(1), turn, mean, slots, score, birth, pages.ids, pages.ids.shape[1],
             pages.addresses, flags, n, TIER=pages.tier, VALUE=value, DIM=dim, DIMP=power_of_two(dim),
             ROTATE=turn is not None, SHIFT=mean is not None, SCORED=pages.layout.scored and not value, STORE=store,
-            SAFE=safe_norm(getattr(pages.layout, side)), BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
+            SAFE=getattr(pages.layout, side).safe_norm, BLOCK=BLOCK, STEP=16, **page_constants(pages.layout),
             **side_constants(pages.layout, side), num_warps=4,
         )  # fmt: skip
-
-
-def check_flags(flags: int) -> None:
-    """Raise the ValueError that the twin would for what `pack_rows` has flagged."""
-    if flags & NOT_FINITE:
-        raise ValueError(
-            "keys or values hold NaN or infinite entries: nothing was stored; check the model's output and dtype"
-        )
-    if flags & BEYOND_BYTE:
-        raise ValueError("a vector needs a scale beyond one byte: use LeanKVConfig(codec='minmax')")
-    if flags & BEYOND_HALF:
-        raise ValueError("a vector is beyond fp16 metadata: use a tier of 'exact'")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.paging.mail import sent
 from hfkv.quant import PageLayout
 
 WINDOW_STEP = 16
@@ -177,7 +178,7 @@ class StepPlan:
         """int64 [pieces]: bytes of a page of every tier, and of a step of the window."""
         first = self.layouts[0]
         step = WINDOW_STEP * (first.key.dim + first.value.dim) * self.dtype.itemsize
-        return torch.tensor([*(layout.page_bytes for layout in self.layouts), step], device=self.device)
+        return sent([*(layout.page_bytes for layout in self.layouts), step], self.device)
 
     @functools.cached_property
     def _numbers(self) -> Tensor:
