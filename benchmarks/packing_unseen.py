@@ -83,7 +83,13 @@ def main() -> None:
         study = Unseen(model, tokenizer, Rows(KEPT), args.seed, tokens, seen=seen)
         parts = [measure_texts(study, names, texts)] + ([measure_notes(study, names, questions)] if questions else [])
         for label in names:
-            row = {"kl_target": f"{args.kl:g}", "tokens": tokens, "config": label, "notes_found": "", "notes_answered": ""}
+            row = {
+                "kl_target": f"{args.kl:g}",
+                "tokens": tokens,
+                "config": label,
+                "notes_found": "",
+                "notes_answered": "",
+            }
             for part in parts:
                 row |= part[label]
             merge_csv(TABLE, [row], by=("kl_target", "tokens", "config"))
@@ -96,7 +102,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kl", type=float, default=0.02, help="KL that the configs were calibrated for")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000])
     parser.add_argument("--texts", type=int, nargs="+", default=[12, 6], help="texts of each length")
-    parser.add_argument("--questions", type=int, nargs="+", default=[60, 0], help="notes asked at least, of each length")
+    parser.add_argument(
+        "--questions", type=int, nargs="+", default=[60, 0], help="notes asked at least, of each length"
+    )
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

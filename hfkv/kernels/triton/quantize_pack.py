@@ -65,6 +65,8 @@ def side_constants(layout: PageLayout, side: str) -> dict[str, Any]:
     return {
         "KIND": KINDS[codec.kind],
         "BITS": codec.bits,
+        "TOP": codec.top,
+        "BOUND": codec.bound if codec.kind == "bounded" else 0.0,
         "UNBIASED": codec.unbiased,
         "SIGNED": codec.signed,
         "GAUSS": GAUSS_STEP.get(codec.bits, 0.0),
@@ -93,11 +95,13 @@ def page_constants(layout: PageLayout) -> dict[str, Any]:
 def safe_norm(codec: Codec) -> float:
     """Norm r up to which every vector can be coded, whatever it is.
 
-    A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer to
-    zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
+    A scale is at most 2 r / (levels - 1/2) where codes are affine, 2 r bound where they are bounded, and 2 r where they
+    are fitted (no code is nearer to zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at
+    most r.
     """
-    affine = 35.0 * (codec.top - 0.5)
-    return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[codec.kind]
+    if codec.kind == "bounded":
+        return 35.0 / codec.bound
+    return {"exact": 1e18, "affine": 35.0 * (codec.top - 0.5), "fitted": 35.0, "minmax": 32000.0}[codec.kind]
 
 
 # ---- addresses ---------------------------------------------------------------------------------------------------
@@ -148,26 +152,36 @@ def scale_of(code):
 
 
 @triton.jit
-def scale_code(scale, ROUND_UP: tl.constexpr):
-    """Scales -> (scale byte as float, whether no byte holds it)."""
+def scale_code(scale, ROUND: tl.constexpr):
+    """Scales -> (scale byte as float, whether no byte holds it); ROUND: down (-1), to the nearest (0), up (1)."""
     code = tl.log2(tl.maximum(scale, 2.0**-30)) * SCALE_STEPS
-    code = (tl.ceil(code) if ROUND_UP else round_even(code)) + SCALE_BIAS
+    if ROUND == 0:
+        code = round_even(code)
+    elif ROUND > 0:
+        code = tl.ceil(code)
+    else:
+        code = tl.floor(code)
+    code += SCALE_BIAS
     return clamp(code, 1.0, 255.0), code > 255
 
 
 @triton.jit
 def quantise(
-    x, real, KIND: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, GAUSS: tl.constexpr, DIM: tl.constexpr
-):
+    x, real,
+    KIND: tl.constexpr, TOP: tl.constexpr, BOUND: tl.constexpr, UNBIASED: tl.constexpr, GAUSS: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
     """Vectors float32 [n, columns], 0 where not `real` -> (codes float, scale, zero, flag bits int32 [n])."""
-    TOP: tl.constexpr = 2**BITS - 1
     flag = tl.max(tl.where(tl.abs(x) <= LARGEST, 0, 1), 1)
     scale = tl.zeros_like(tl.max(x, 1))
     zero = scale
     levels = x
     if KIND == AFFINE:
         low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-        scale, beyond = scale_code(tl.div_rn(high - low, tl.full(low.shape, TOP - 0.5, tl.float32)), True)
+        if BOUND > 0:
+            scale, beyond = scale_code((high - low) * BOUND, -1)
+        else:
+            scale, beyond = scale_code(tl.div_rn(high - low, tl.full(low.shape, TOP - 0.5, tl.float32)), 1)
         step = scale_of(scale)
         zero = round_even(clamp(-tl.div_rn(low, step), 0.0, TOP))
         y = tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape)) + zero[:, None]
@@ -185,7 +199,7 @@ def quantise(
             fitted = tl.div_rn(energy, tl.maximum(overlap, 1e-30))
         else:
             fitted = tl.div_rn(overlap, tl.maximum(tl.sum(centred * centred, 1), 0.25))
-        scale, beyond = scale_code(fitted, False)
+        scale, beyond = scale_code(fitted, 0)
         flag |= tl.where(beyond, 2, 0)
     if KIND == MINMAX:
         low = tl.min(tl.where(real, x, float("inf")), 1)
@@ -248,9 +262,9 @@ def pack_kernel(
     SHIFT: tl.constexpr, SCORED: tl.constexpr, STORE: tl.constexpr, SAFE: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr, GAUSS: tl.constexpr, PADDED: tl.constexpr,
-    SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, ROWS: tl.constexpr, ELEMENT: tl.constexpr,
-    START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    BITS: tl.constexpr, TOP: tl.constexpr, BOUND: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr,
+    GAUSS: tl.constexpr, PADDED: tl.constexpr, SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    ROWS: tl.constexpr, ELEMENT: tl.constexpr, START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of tokens). Without STORE tokens whose norm shows that they can be coded are not quantised."""
     row = tl.program_id(0)
@@ -288,7 +302,7 @@ def pack_kernel(
         if SHIFT:
             centre = tl.load(mean + row.to(tl.int64) * DIM + feature, mask=real, other=0.0)
             x = tl.where(ok[:, None], x - centre[None, :], 0.0)
-        codes, scale, zero, flag = quantise(x, real[None, :], KIND, BITS, UNBIASED, GAUSS, DIM)
+        codes, scale, zero, flag = quantise(x, real[None, :], KIND, TOP, BOUND, UNBIASED, GAUSS, DIM)
         found = tl.max(tl.where(ok, flag, 0), 0)
         if found > 0:
             tl.atomic_or(flags, found)
@@ -351,6 +365,6 @@ def check_flags(flags: int) -> None:
             "keys or values hold NaN or infinite entries: nothing was stored; check the model's output and dtype"
         )
     if flags & BEYOND_BYTE:
-        raise ValueError("a vector needs a scale beyond one byte: use LeanKVConfig(codec='minmax')")
+        raise ValueError("a vector needs a scale beyond one byte: use plain tiers with LeanKVConfig(codec='minmax')")
     if flags & BEYOND_HALF:
         raise ValueError("a vector is beyond fp16 metadata: use a tier of 'exact'")
