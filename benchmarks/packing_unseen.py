@@ -1,8 +1,8 @@
-"""What packing saves on texts that the calibration did not see: the config with packed tiers and the one without.
+"""What packing saves on texts not calibrated on: the config with packed tiers beside the one without.
 
-Both come from `packing_calibrated.py`, for one KL. KL and notes come from the weights in float32, bytes are those of the
-same caches with exact vectors in bf16, everything counted. Texts that share words with the calibration's prompts are
-left out. Measurements are kept, in `results/packing_unseen.jsonl`.
+Both come from `packing_calibrated.py`, for one KL. KL and notes come from the weights in float32, bytes are those of
+the same caches with exact vectors in bf16, everything counted. Texts that share words with the calibration's prompts
+are left out. Measurements are kept, in `results/packing_unseen.jsonl`.
 
     python benchmarks/packing_unseen.py --tokens 1000 4000 --texts 12 6
 """

@@ -1,4 +1,4 @@
-"""A compaction of tiers that are kept packed, by kernels: pages that it changes are opened, changed, and sealed again."""
+"""A compaction of packed tiers by kernels: pages that it changes are opened, changed, and sealed again."""
 
 from __future__ import annotations
 
