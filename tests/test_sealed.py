@@ -75,7 +75,7 @@ def held(pool, sealed):
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["new", "write", "release", "settle", "score", "file"]),
+        st.sampled_from(["new", "write", "release", "settle", "score", "file", "close up"]),
         st.integers(0, 2),
         st.integers(1, 12),
         st.integers(0, 10**6),
@@ -124,6 +124,13 @@ def test_pages_hold_what_was_written(operations):
             pool.undump(cls, ids, parts.__getitem__)
             moved = [book.pop(id) for id in some]
             book |= dict(zip(ids.tolist(), moved, strict=True))
+        if what == "close up":
+            pool.tighten()
+            for each in pool.classes:
+                moved = dict(zip(*(ids.tolist() for ids in pool.close_up(each)), strict=True))
+                if each == classes[0]:
+                    books[0] = {moved.get(id, id): page for id, page in books[0].items()}
+            pool.trim()
         for cls, layout, book in zip(classes, LAYOUTS, books, strict=True):
             ids = torch.tensor(list(book), dtype=torch.int32)
             pages = pool.gather(cls, ids) if book else []
@@ -136,6 +143,28 @@ def test_pages_hold_what_was_written(operations):
     for cls, book in zip(classes, books, strict=True):
         pool.release(cls, torch.tensor(list(book), dtype=torch.int32))
     assert pool.used_bytes == pool.slack_bytes == 0
+
+
+@given(st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_what_is_left_of_many_pages_moves_together(share, seed):
+    """Full pages and such that were only begun, in chunks that other pages leave empty."""
+    pool, layout, generator = SealingPool("cpu"), LAYOUTS[1], torch.Generator().manual_seed(seed)
+    cls, count = pool.class_of(layout), 240
+    pool.reserve({cls: count})
+    ids = pool.allocate(cls, torch.tensor([count]))
+    pool.scatter(cls, ids, some_pages(layout, [BLOCK if i % 3 else 1 + i % 60 for i in range(count)], seed))
+    keep = torch.rand(count, generator=generator) < share
+    pool.release(cls, ids[~keep])
+    ids, before = ids[keep], pool.physical_bytes
+    pages = pool.gather(cls, ids)
+    pool.tighten()
+    moved = sum(pool.close_up(each)[0].numel() for each in pool.classes)
+    pool.trim()
+    assert torch.equal(pool.gather(cls, ids), pages)
+    check_pool(pool)
+    if 0.1 < share < 0.5:
+        assert moved and pool.physical_bytes < 0.8 * before
 
 
 @given(
