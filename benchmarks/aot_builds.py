@@ -195,6 +195,8 @@ def further() -> Iterator[Build]:
     yield from flush(90, (K4V2, K4V2), which="pack")
     yield from flush(90, codec="minmax")
     yield from flush(90, ("exact", K4V2), which="pack")
+    yield from flush(90, (aot_packs.BOUNDED, K4V2), which="pack")
+    yield from flush(90, (K8V4, aot_packs.BOUNDED), which="recode")
     yield from flush(90, ("exact", K4V2), which="recode")
     yield from flush(90, rotated=False, which="pack")
     yield from observed(90, softcap=30.0, sinks=True)

@@ -27,6 +27,7 @@ from hfkv.kernels.triton import (
     quantize_pack,
     tiles,
 )
+from hfkv.packing import Packed
 from hfkv.quant import Codec, PageLayout
 
 POINTERS = {
@@ -181,7 +182,7 @@ def flush(
         compaction.recode_tokens(old, new, slots, flags)
         quantize_pack.pack_rows(old, basis, x, x, score, birth, slots, flags)
 
-    names = "/".join("exact" if t == "exact" else f"K{t[0]}V{t[1]}" for t in tiers)
+    names = "/".join(str(t) if isinstance(t, str | Packed) else f"K{t[0]}V{t[1]}" for t in tiers)
     extras = _extras(dtype, None, False) + [codec] * (codec != "fitted") + ["plain"] * (not rotated)
     found = launched(" ".join([names, f"D{dim}", *extras]), arch, run)
     return (build for build in found if build.name.startswith(which))

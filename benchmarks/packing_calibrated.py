@@ -3,7 +3,8 @@
 `python -m hfkv calibrate --packed` for one length and several targets. Rows of `tier` are sums over all layers of what
 was measured of each alone: bytes of its pages per token, KL. Rows of `real cache` are the best config without packed
 tiers and the best with them, held to it: all physical bytes per token, KL. Measurements are kept, in
-`results/packing_calibrated.jsonl`.
+`results/packing_calibrated.jsonl`; the two configs of every target go to `results/packing_calibrated_KL_plain.json` and
+`..._packed.json`, which `packing_unseen.py` takes to other texts.
 
     python benchmarks/packing_calibrated.py --tokens 1000 --count 2 --kl 0.005 0.02
 """
@@ -78,6 +79,10 @@ def main() -> None:
         terms = dict(key_bits=args.key_bits, packed=True, dtype=torch.bfloat16, keep=KEPT, progress=progress_bars())
         result = calibrate(model, prompts, kl=kl, **terms)
         print(table(result))
+        for packed in (False, True):
+            if (best := result.best(packed)) is not None:
+                path = RESULTS / f"packing_calibrated_{kl:g}_{'packed' if packed else 'plain'}.json"
+                path.write_text(best.config.to_json() + "\n", encoding="utf-8")
         rows = [*(tiers(result) if not number else []), *({**row, "keys": bits} for row in attempts(result))]
         for row in rows:
             row |= {"bytes_token": f"{row['bytes_token']:.1f}", "kl": f"{row['kl']:.5f}"}

@@ -21,6 +21,8 @@ FAMILIES = {
     "error-bounded keys": ("h0.15|h2", "0.1|h2", "0.1|0.2"),
 }
 INK = ("#1f5fa8", "#2a9d8f", "#d9a441", "#888888", "#c8553d")
+BELOW = ("0.1|h2",)
+"""Settings whose names stand below their points."""
 
 
 def main() -> None:
@@ -40,9 +42,11 @@ def main() -> None:
             panel.annotate(
                 "", packed[-1], plain[-1], arrowprops={"arrowstyle": "->", "color": ink, "alpha": 0.5, "lw": 1}
             )
-            panel.annotate(setting, plain[-1], (5, 4), textcoords="offset points", fontsize=7, color=ink)
+            place = (5, -10) if setting in BELOW else (5, 4)
+            panel.annotate(setting, plain[-1], place, textcoords="offset points", fontsize=7, color=ink)
         panel.plot(*zip(*plain, strict=True), "o", color=ink, fillstyle="none")
         panel.plot(*zip(*sorted(packed), strict=True), "o-", color=ink, label=family)
+    panel.margins(x=0.09)
     panel.set_yscale("log")
     panel.invert_yaxis()
     panel.set_xlabel("bytes per token and KV head, metadata and addresses counted (o plain, filled: packed)")

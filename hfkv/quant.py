@@ -109,11 +109,13 @@ class Codec:
     def safe_norm(self) -> float:
         """Norm r up to which every vector can be coded, whatever it is.
 
-        A scale is at most 2 r / (levels - 1/2) where codes are affine and 2 r where they are fitted (no code is nearer
-        to zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax codes, at most r.
+        A scale is at most 2 r / (levels - 1/2) where codes are affine, 2 r bound where they are bounded, and 2 r where
+        they are fitted (no code is nearer to zero than 1/2), and a byte holds up to 76; fp16 holds the zero of minmax
+        codes, at most r.
         """
-        affine = 35.0 * (self.top - 0.5)
-        return {"exact": 1e18, "affine": affine, "bounded": affine, "fitted": 35.0, "minmax": 32000.0}[self.kind]
+        if self.kind == "bounded":
+            return 35.0 / self.bound
+        return {"exact": 1e18, "affine": 35.0 * (self.top - 0.5), "fitted": 35.0, "minmax": 32000.0}[self.kind]
 
     @property
     def center(self) -> float:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import hfkv
-from hfkv import OutOfPages
+from hfkv import LeanKVCache, LeanKVConfig, OutOfPages, Packed
 from hfkv.bench import caches, generate, sizes
 from hfkv.bench.results import Cell
 from hfkv.bench.session import Session
@@ -55,6 +55,19 @@ def test_layers_that_grow_by_themselves(caplog):
             got = model.generate(IDS, attention_mask=PADDED, past_key_values=fresh("exact"), **FEW)
             assert torch.equal(got, want)
     assert sum("not captured: layer 1" in x.message for x in caplog.records) == 1
+    assert hfkv.decode_report(model).replayed == 0
+
+
+def test_packed_tiers(caplog):
+    """Said once, and right."""
+    model, config = llama(), LeanKVConfig(tiers=[Packed()], window=16, flush=4)
+    want = model.generate(IDS, attention_mask=PADDED, past_key_values=LeanKVCache(config), **FEW)
+    install(model, EmulatedGraph)
+    with caplog.at_level(logging.WARNING, "hfkv"):
+        for _ in range(2):
+            got = model.generate(IDS, attention_mask=PADDED, past_key_values=LeanKVCache(config), **FEW)
+            assert torch.equal(got, want)
+    assert sum("not captured: the host looks where the packs" in x.message for x in caplog.records) == 1
     assert hfkv.decode_report(model).replayed == 0
 
 

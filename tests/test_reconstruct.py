@@ -12,7 +12,7 @@ from test_scores import SMALL, kept_positions
 from transformers import DynamicCache
 
 import hfkv
-from hfkv import LeanKVCache, LeanKVConfig
+from hfkv import LeanKVCache, LeanKVConfig, Packed
 from hfkv.reconstruct import reconstruct
 
 CONFIG = LeanKVConfig(**SMALL, keep_share=0.5, score="kvzip")
@@ -65,7 +65,7 @@ def test_a_padded_batch_keeps_what_single_prompts_keep(model):
         assert kept_positions(both)[2 * b : 2 * b + 2] == shifted
 
 
-@pytest.mark.parametrize("tiers", [("exact",), ((8, 4), (4, 2))], ids=str)
+@pytest.mark.parametrize("tiers", [("exact",), ((8, 4), (4, 2)), (Packed(),), ((8, 4), Packed())], ids=str)
 def test_what_was_pruned_is_given_back(model, tiers, monkeypatch):
     """Pages move for it, and nothing else changes."""
     config, ids = LeanKVConfig(tiers=tiers, keep_share=0.3, score="kvzip", window=8, flush=4), prompt(700, batch=4)

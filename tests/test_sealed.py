@@ -1,6 +1,8 @@
 """Sealed pages: whatever is written comes back, no byte is owned twice, and generate does not notice."""
 
 import copy
+import ctypes
+from collections import Counter
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from transformers import DynamicCache
 import hfkv
 from hfkv import LeanKVCache, LeanKVConfig, OutOfPages, Packed
 from hfkv.kernels.quantize_pack import code_tokens
-from hfkv.packing import BLOCK, WORD
+from hfkv.kernels.sealing import pack_words
+from hfkv.packing import BLOCK, HEAD, PACK, RAW, WORD
+from hfkv.paging.pool import SLOT_BITS
 from hfkv.paging.rooms import DEAD, NOTHING, OFFSET_BITS, room_bytes
 from hfkv.paging.sealed import SealingPool
 from hfkv.quant import PageLayout
@@ -75,7 +79,7 @@ def held(pool, sealed):
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["new", "write", "release", "settle", "score", "file"]),
+        st.sampled_from(["new", "write", "release", "settle", "score", "file", "close up"]),
         st.integers(0, 2),
         st.integers(1, 12),
         st.integers(0, 10**6),
@@ -124,6 +128,13 @@ def test_pages_hold_what_was_written(operations):
             pool.undump(cls, ids, parts.__getitem__)
             moved = [book.pop(id) for id in some]
             book |= dict(zip(ids.tolist(), moved, strict=True))
+        if what == "close up":
+            pool.tighten()
+            for each in pool.classes:
+                moved = dict(zip(*(ids.tolist() for ids in pool.close_up(each)), strict=True))
+                if each == classes[0]:
+                    books[0] = {moved.get(id, id): page for id, page in books[0].items()}
+            pool.trim()
         for cls, layout, book in zip(classes, LAYOUTS, books, strict=True):
             ids = torch.tensor(list(book), dtype=torch.int32)
             pages = pool.gather(cls, ids) if book else []
@@ -136,6 +147,28 @@ def test_pages_hold_what_was_written(operations):
     for cls, book in zip(classes, books, strict=True):
         pool.release(cls, torch.tensor(list(book), dtype=torch.int32))
     assert pool.used_bytes == pool.slack_bytes == 0
+
+
+@given(st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_what_is_left_of_many_pages_moves_together(share, seed):
+    """Full pages and such that were only begun, in chunks that other pages leave empty."""
+    pool, layout, generator = SealingPool("cpu"), LAYOUTS[1], torch.Generator().manual_seed(seed)
+    cls, count = pool.class_of(layout), 240
+    pool.reserve({cls: count})
+    ids = pool.allocate(cls, torch.tensor([count]))
+    pool.scatter(cls, ids, some_pages(layout, [BLOCK if i % 3 else 1 + i % 60 for i in range(count)], seed))
+    keep = torch.rand(count, generator=generator) < share
+    pool.release(cls, ids[~keep])
+    ids, before = ids[keep], pool.physical_bytes
+    pages = pool.gather(cls, ids)
+    pool.tighten()
+    moved = sum(pool.close_up(each)[0].numel() for each in pool.classes)
+    pool.trim()
+    assert torch.equal(pool.gather(cls, ids), pages)
+    check_pool(pool)
+    if 0.1 < share < 0.5:
+        assert moved and pool.physical_bytes < 0.8 * before
 
 
 @given(
@@ -236,6 +269,67 @@ def test_report_counts_every_byte(model):
     arenas = sum(arena.memory.nbytes for arena in pool._arenas.values())
     assert report.physical_bytes == arenas + pool.table_bytes + outside
     assert "Packed K0.1V0.2" in str(report)
+
+
+def counted_in_memory(cache):
+    """Bytes by kind, read out of the memory that addresses lead to; widths are added up bit by bit."""
+    found, rooms, pool = Counter(), {}, cache.pools[0]
+
+    def side(data, form, size):
+        """Bytes of header and payload of a side of a pack."""
+        if size >= RAW:
+            return 0, size - RAW
+        assert form.packed and size < 2 * form.bits * form.dim
+        planes = data[: (form.bits + form.bits.bit_length()) * -(-form.dim // 8)]
+        ones = [bin(byte).count("1") for byte in planes[form.bits * -(-form.dim // 8) :]]
+        per_plane = len(ones) // form.bits.bit_length()
+        words = sum(2 ** (i // per_plane) * count for i, count in enumerate(ones))
+        header = len(planes) + len(planes) % 2
+        assert size == header + 2 * words
+        return header, 2 * words
+
+    for tokens in cache.compressed:
+        packed = tokens.packed
+        for tier, (cls, layout) in enumerate(zip(packed.classes, packed.layouts, strict=True)):
+            meta = sum(layout.view(torch.zeros(1, layout.page_bytes, dtype=torch.uint8), name).element_size()
+                       for name in layout.meta_names)  # fmt: skip
+            codes = layout.key.rows + layout.value.rows
+            ids, row, index = packed.table.pages(tier, packed.page_counts(tier))
+            for id, r, i in zip(ids, row.tolist(), index.tolist(), strict=True):
+                filled = min(BLOCK, int(packed.table.lengths[r, tier]) - i * BLOCK)
+                found["metadata"] += filled * meta
+                where = pool.addresses(cls)[pool.numbers(id)].tolist() if cls < 0 else [0, NOTHING]
+                if where[1] == NOTHING:
+                    found["codes"] += filled * codes
+                    found["free_slots"] += (BLOCK - filled) * (codes + meta)
+                    continue
+                assert filled == BLOCK
+                for address in where:
+                    page, word = address >> OFFSET_BITS, address & (1 << OFFSET_BITS) - 1
+                    rooms[page] = room_bytes(layout)
+                    start = int(pool.chunk_addresses[page >> SLOT_BITS]) + (page & (1 << SLOT_BITS) - 1) * rooms[page]
+                    data = ctypes.string_at(start + WORD * word, WORD * pack_words(layout))
+                    sizes = [int.from_bytes(data[at : at + 2], "little") for at in (0, 2)]
+                    at = HEAD + PACK * meta
+                    key = side(data[at:], layout.pack.key, sizes[0])
+                    value = side(data[at + sum(key) :], layout.pack.value, sizes[1])
+                    payload = key[1] + value[1]
+                    header = HEAD + key[0] + value[0]
+                    padding = -(header + PACK * meta + payload) % WORD
+                    found["pack_headers"] += header
+                    found["codes"] += payload + padding
+                    found["in rooms"] += header + PACK * meta + payload + padding
+    found["pack_slack"] = sum(rooms.values()) - found.pop("in rooms")
+    return found
+
+
+@pytest.mark.parametrize("tiers", [[(8, 4), Packed()], [Packed(key_bits=4, value_bits=2, sides="keys")]], ids=str)
+def test_report_is_what_lies_in_memory(model, tiers):
+    cache, _ = logits_of(model, LeanKVConfig(tiers=tiers))
+    assert {kind: cache.report().bytes[kind] for kind in KINDS} == {k: counted_in_memory(cache)[k] for k in KINDS}
+
+
+KINDS = ("codes", "metadata", "pack_headers", "free_slots", "pack_slack")
 
 
 def steps(model, cache, batch, count=70):

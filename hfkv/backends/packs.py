@@ -1,4 +1,8 @@
-"""The GPU path of layers with a packed tier: kernels for prompts, decode steps and packing, plain torch for flushes."""
+"""The GPU path of layers with a packed tier: kernels for prompts, decode steps, coding, compaction and packing.
+
+Which pages a flush opens, and where packs find room, is decided by the host; what is observed of packed tokens, and
+prompts that go on behind them, are plain torch.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from hfkv.kernels.triton.pack_attention import PackPlan
 from hfkv.kernels.triton.work import StepPlan
 from hfkv.observe import observe_stored
 from hfkv.paging.compaction import Compaction
+from hfkv.paging.opened import apply_opened
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sealed import SealingPool
@@ -21,7 +26,7 @@ from hfkv.paging.table import PageTable
 
 
 class PackKernels(FusedKernels):
-    """`Kernels` of packed tiers: decode steps read packs where they lie; what happens once per flush is plain torch."""
+    """`Kernels` of packed tiers: decode steps read packs where they lie, flushes open the pages that they change."""
 
     defers = False
 
@@ -38,15 +43,10 @@ class PackKernels(FusedKernels):
     attend_chunk = staticmethod(attend_chunk)
     observe_stored = staticmethod(observe_stored)
     stored = staticmethod(PlainKernels.stored)
-    checker = staticmethod(PlainKernels.checker)
 
     @staticmethod
     def view(packed: PackedLayer) -> Any:
         return packed.work()
-
-    @staticmethod
-    def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
-        return packed.code_incoming(plan, incoming)
 
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         packs, plan = self._step_plans(past, q.shape[1] // past.window.heads * q.shape[2])
@@ -68,8 +68,8 @@ class PackKernels(FusedKernels):
         return packs, plan
 
     @staticmethod
-    def apply(packed: PackedRows, plan: Compaction, coded: Any) -> None:
-        """Do what was planned; full pages are packed by the kernel."""
+    def apply(packed: PackedRows, plan: Compaction, coded: Incoming) -> None:
+        """Do what was planned: tokens are coded and moved in opened pages, and full pages packed."""
         assert isinstance(packed.pool, SealingPool)
         packed.pool.sealer = packing.seal
-        packed.apply(plan, coded)
+        apply_opened(packed, plan, coded)

@@ -15,6 +15,8 @@ INK = {
     "k4v4": "#2a9d8f",
     "k4v2": "#c8553d",
     "mixed": "#7b4ea3",
+    "packed k4v2": "#e08e79",
+    "packed 0.1/0.2": "#e9c46a",
     **dict(zip(GRAPHS, ("#5b9bdd", "#ab7fd0"), strict=True)),
     DYNAMIC: "#555555",
     STATIC: "#8a8a8a",
@@ -141,7 +143,10 @@ def _packs(pyplot: Any, rows: list[Row]) -> Any:
     points = sorted({(int(r["tokens"]), int(r["batch"])) for r in rows})
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
     _bars(axis, rows, packs.KINDS, [f"{t} x {b}" for t, b in points], lambda r: 100 * float(r["copy_share"]))
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens x batch")
     axis.set_ylabel("bytes read, % of copy bandwidth")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

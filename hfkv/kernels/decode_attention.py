@@ -124,18 +124,20 @@ class BlockValues:
     Attributes:
         scale: float32 [r, 1, pages * tokens]; None for exact values.
         zero: float32 [r, 1, pages * tokens] where zeros are not stored as bytes; else None.
+        scratch: where codes are widened, the same for all blocks.
     """
 
     block: PageBlock
     pages: Tensor
     scale: Tensor | None
     zero: Tensor | None
+    scratch: Scratch
 
-    def weighed(self, p: Tensor, scratch: Scratch) -> Tensor:
+    def weighed(self, p: Tensor) -> Tensor:
         """Sums by p [r, queries, pages * tokens] of codes and of their zeros -> [r, queries, columns]."""
         if self.scale is not None:
             p = p * self.scale
-        wide = widen_values(self.block.layout, self.pages, p.shape[0], scratch)
+        wide = widen_values(self.block.layout, self.pages, p.shape[0], self.scratch)
         sums = torch.bmm(p, wide.transpose(1, 2))
         if self.zero is not None:
             sums[..., -1:] = torch.bmm(p, self.zero.transpose(1, 2))
@@ -158,7 +160,6 @@ class JointLogits:
     values: list[BlockValues]
     exact: list[ExactKeys]
     work: WorkList
-    scratch: Scratch
 
     def attend(self) -> Tensor:
         """The attention output, float32 [rows, queries, value_dim]."""
@@ -179,7 +180,7 @@ class JointLogits:
         sums: dict[int, Tensor] = {}
         for held in self.values:
             block = held.block
-            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]), self.scratch)
+            part = held.weighed(block.of_rows(p[..., slice(*block.columns)]))
             if block.row is not None:
                 part = part.new_zeros(p.shape[0], *part.shape[1:]).index_add_(0, block.row, part)
             sums[block.tier] = sums[block.tier].add_(part) if block.tier in sums else part
@@ -196,15 +197,14 @@ def join(work: WorkList, q: Tensor, exact: list[ExactKeys], softcap: float | Non
     """
     parts: list[Tensor] = []
     values: list[BlockValues] = []
-    scratch = Scratch(q.device)
     if work.blocks:
-        packed, values = _packed_logits(work, q, softcap, scratch)
+        packed, values = _packed_logits(work, q, softcap)
         parts.append(packed)
     parts += [keys.logits for keys in exact]
     if sinks is not None:
         parts.append(sinks[..., None])
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return JointLogits(logits, values, exact, work, scratch)
+    return JointLogits(logits, values, exact, work)
 
 
 def attention_received(p: Tensor, work: WorkList, groups: int) -> list[Tensor]:
@@ -232,10 +232,8 @@ def exact_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: fl
     return ExactKeys(logits if bias is None else logits.add_(bias), v)
 
 
-def _packed_logits(
-    work: WorkList, q: Tensor, softcap: float | None, scratch: Scratch
-) -> tuple[Tensor, list[BlockValues]]:
-    folding = work.folding
+def _packed_logits(work: WorkList, q: Tensor, softcap: float | None) -> tuple[Tensor, list[BlockValues]]:
+    folding, scratch = work.folding, Scratch(q.device)
     folded = torch.mm(q.flatten(0, 1), folding.queries).view(*q.shape[:2], -1)
     total, constant = folded[..., folding.total], None
     if work.mean is not None:  # a query's product with what all keys are short of
@@ -281,4 +279,4 @@ def _block_logits(
     logits = cap(logits, softcap)
     if block.free is not None:
         logits[..., -block.free.shape[-1] :].masked_fill_(block.free, float("-inf"))
-    return logits, BlockValues(block, pages, terms.vs, terms.vz)
+    return logits, BlockValues(block, pages, terms.vs, terms.vz, scratch)

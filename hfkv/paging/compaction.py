@@ -66,6 +66,7 @@ class TierEdit:
     Attributes:
         row, index: int64 [pages], which page of which row: first those that are there, then those that come.
         pages: uint8 [pages, page_bytes], copies; the others are not touched.
+        position: int64 [rows, pages], where in `pages` each page of a row lies; -1: nowhere.
     """
 
     def __init__(self, pool: PagePool, cls: int, table: PageTable, tier: int, plan: Compaction, counts: Tensor) -> None:
@@ -82,7 +83,7 @@ class TierEdit:
         self.copied = None if plan.copied is None else plan.copied[tier][self.row, self.index]
         self.pages = self.pool.gather(self.cls, self.ids)
         width = max(touched.shape[1], plan.widest[tier])
-        self.position = torch.zeros(counts.numel(), width, dtype=torch.int64, device=self.ids.device)
+        self.position = torch.full((counts.numel(), width), -1, dtype=torch.int64, device=self.ids.device)
         self.position[self.row, self.index] = torch.arange(self.row.numel(), device=self.ids.device)
 
     def flat(self, row: Tensor, slot: Tensor) -> Tensor:

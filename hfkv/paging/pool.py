@@ -261,6 +261,14 @@ class PagePool:
     def settle(self, cls: int, ids: Tensor) -> None:
         """Called with all pages of a packed tier's rows after a flush; here they stay as they are."""
 
+    @property
+    def classes(self) -> range:
+        """The classes whose pages lie in the pool's memory."""
+        return range(len(self._classes))
+
+    def tighten(self) -> None:
+        """Put what packed tiers hold closer together; there is nothing of them here."""
+
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
         self.catch_up()

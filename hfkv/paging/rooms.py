@@ -31,6 +31,9 @@ GROWTH = 0.03
 OPEN = 8
 """Pages of packs that are filled at a time: packs of different sizes find a place."""
 
+LOOSE, TOGETHER = 1 / 16, 64
+"""Closing up, pages of packs that are empty by this share are written anew, so many of them together."""
+
 HANDLES, NO_MEMORY = 8, -2
 """Handles of a chunk without memory, and what such a chunk is noted as in the place of a class."""
 
@@ -86,6 +89,7 @@ class RoomPool(PagePool):
 
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
         super().__init__(device, max_bytes)
+        self._sealed: list[Sealed] = []
         self._promised: dict[int, int] = {}  # what `reserve` was last asked for, by class of plain tiers
 
     def _store(self, sealed: Sealed, packs: Tensor, words: Tensor) -> Tensor:
@@ -174,10 +178,51 @@ class RoomPool(PagePool):
         stale = [page for page, end in sealed.end.items() if end - sealed.live[page] >= DEAD * sealed.words]
         if not stale:
             return
-        pages = torch.tensor(stale, device=self.device)
-        moved = torch.isin(sealed.address >> OFFSET_BITS, pages) & (sealed.address[:, 1:2] != NOTHING)
-        handle, place = moved.nonzero(as_tuple=True)
-        packs = self._read_words(sealed, sealed.address[handle, place], pack_words(sealed.layout))
-        sealed.open = [page for page in sealed.open if page not in stale]
+        handle, place, packs = self._packs_in(sealed, stale)
         sealed.address[handle, place] = self._store(sealed, packs, sealing.words_of(sealed.layout, packs))
         self._drop(sealed, stale)
+
+    def _packs_in(self, sealed: Sealed, pages: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Handles, places in them and packs int64 [n, most] of pages of packs, to which nothing is written any more."""
+        sealed.open = [page for page in sealed.open if page not in pages]
+        inside = torch.isin(sealed.address >> OFFSET_BITS, torch.tensor(pages, device=self.device))
+        handle, place = (inside & (sealed.address[:, 1:2] != NOTHING)).nonzero(as_tuple=True)
+        return handle, place, self._read_words(sealed, sealed.address[handle, place], pack_words(sealed.layout))
+
+    # ---- closing up ------------------------------------------------------------------------------------------------
+
+    def tighten(self) -> None:
+        """Write the packs of loose pages anew where that spares a page; no memory is taken for it."""
+        for sealed in self._sealed:
+            loose = [page for page, live in sealed.live.items() if sealed.words - live >= LOOSE * sealed.words]
+            if sum(sealed.words - sealed.live[page] for page in loose) < sealed.words:
+                continue
+            for first in range(0, len(loose), TOGETHER):
+                pages = loose[first : first + TOGETHER]
+                handle, place, packs = self._packs_in(sealed, pages)
+                self._drop(sealed, pages)
+                sealed.address[handle, place] = self._store(sealed, packs, sealing.words_of(sealed.layout, packs))
+
+    def close_up(self, cls: int) -> tuple[Tensor, Tensor]:
+        """As `PagePool.close_up`, and what handles name follows."""
+        old, new = super().close_up(cls)
+        moved = dict(zip(old.tolist(), new.tolist(), strict=True))
+        for sealed in self._sealed if moved else ():
+            packed, inside = sealed.address[:, 1] != NOTHING, (1 << OFFSET_BITS) - 1
+            if cls == sealed.plain:
+                sealed.address[~packed, 0] = _followed(sealed.address[~packed, 0], old, new)
+            if cls == sealed.room:
+                where = sealed.address[packed]
+                page = _followed(where >> OFFSET_BITS, old, new)
+                sealed.address[packed] = page << OFFSET_BITS | (where & inside)
+                sealed.live = {moved.get(page, page): words for page, words in sealed.live.items()}
+                sealed.end = {moved.get(page, page): words for page, words in sealed.end.items()}
+                sealed.open = [moved.get(page, page) for page in sealed.open]
+        return old, new
+
+
+def _followed(ids: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Page ids int64 with those that were moved from `old`, int32 [n], at their `new` ones."""
+    old, order = old.long().sort()
+    at = torch.searchsorted(old, ids).clamp(max=old.numel() - 1)
+    return torch.where(old[at] == ids, new[order[at]].long(), ids)

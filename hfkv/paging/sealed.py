@@ -41,7 +41,6 @@ class SealingPool(RoomPool):
 
     def __init__(self, device: torch.device | str, max_bytes: int | None = None) -> None:
         super().__init__(device, max_bytes)
-        self._sealed: list[Sealed] = []
         self.sealer = sealing.seal
         self._first_number = torch.zeros(0, dtype=torch.int64, device=self.device)  # [chunks], of those of handles
 

@@ -42,13 +42,9 @@ def select_rows(rows: PackedRows, index: Tensor) -> None:
 
 
 def close_up(pool: PagePool, parts: Sequence[PackedRows]) -> None:
-    """Move the pages of `parts`, all that there are in the pool, closer together and give back what is empty then.
-
-    Classes that are kept packed stay as they are.
-    """
-    if any(cls < 0 for rows in parts for cls in rows.classes):
-        return
-    for cls in {cls for rows in parts for cls in rows.classes}:
+    """Move the pages of `parts`, all that there are in the pool, closer together and give back what is empty then."""
+    pool.tighten()
+    for cls in pool.classes:
         old, new = pool.close_up(cls)
         old, order = old.sort()
         for rows in parts:
@@ -57,6 +53,7 @@ def close_up(pool: PagePool, parts: Sequence[PackedRows]) -> None:
                 at = torch.searchsorted(old, ids).clamp(max=old.numel() - 1)
                 rows.table.write(tier, row, index, torch.where(old[at] == ids, new[order[at]], ids))
     for rows in parts:
+        rows.table = PageTable.of(rows.table.ids, rows.table.lengths)  # plans made of the other one are made anew
         rows.changed()
     pool.trim()
 

@@ -7,26 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfkv import Packed
 from hfkv.kernels.compaction import hole_moves
 from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, Basis
 from hfkv.kernels.triton.compaction import hole_sources, read_scores
 from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.paging.device import apply_on_device, check_incoming
+from hfkv.paging.opened import apply_opened
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming
+from hfkv.paging.sealed import SealingPool
 from hfkv.paging.sharing import frozen
-from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, Codec, PageLayout, rotation
+from hfkv.quant import EMPTY, HIGH, LOW, NEW, PRUNED, PageLayout, rotation
 
 
 def packed_layer(rows, tiers, dims=(16, 16), dtype=torch.float32, tokens=32, scheme="fitted", scored=True):
-    pool = PagePool("cpu")
-    layouts = [
-        PageLayout(
-            *(Codec.of(t, s, d, dtype, scheme) for s, d in zip(("key", "value"), dims, strict=True)), tokens, scored
-        )
-        for t in tiers
-    ]
+    pool = (SealingPool if any(isinstance(t, Packed) for t in tiers) else PagePool)("cpu")
+    layouts = [PageLayout.of(t, dims, dtype, scheme, tokens, scored) for t in tiers]
     turned = tiers[0] != "exact"  # exact numbers are equal to the last bit
     basis = Basis(*(rotation(d, 0)[0] if turned else None for d in dims), None)
     return PackedLayer(pool, layouts, rows, basis, True)
@@ -62,7 +60,7 @@ def flush(layer, counts, first, generator, weights, on_device):
         needed[cls] += copies
     layer.pool.reserve(needed)
     if on_device:
-        apply_on_device(layer, plan, fresh)
+        (apply_opened if isinstance(layer.pool, SealingPool) else apply_on_device)(layer, plan, fresh)
     else:
         layer.apply(plan, layer.code_incoming(plan, fresh))
 

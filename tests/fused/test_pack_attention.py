@@ -1,13 +1,11 @@
-"""Decode attention over packs, plain pages and the window, against float64 and the twin; generate by kernels."""
+"""Decode attention over packs, plain pages and the window, against float64 and the twin."""
 
 import pytest
 import torch
-from families import build, prompt
 from oracle import make_layer, relative_rms
 from test_decode_attention import BOUNDS, make_past, make_queries, reference
 
-import hfkv
-from hfkv import LeanKVCache, LeanKVConfig, Packed, attend
+from hfkv import Packed, attend
 from hfkv.attend import Call
 from hfkv.backends.packs import PackKernels
 
@@ -43,23 +41,3 @@ def test_attention(counts, tiers, dim, value_dim, heads, groups, queries, fill, 
 def test_softcap_and_sinks():
     layer, _, _ = make_layer([(20, 140), (10, 0)], ((8, 4), LOW), 64, 64, 64, dtype=torch.float16)
     attended(layer, 2, [9], 2, 1, torch.float16, Call(0.125, 5.0, torch.tensor([0.5, -1.0, 2.0, 0.0])))
-
-
-@torch.no_grad()
-def test_generate_by_kernels(monkeypatch):
-    """A prompt and two flushes, with pruning, as in plain torch."""
-    model = hfkv.enable(build("llama"))
-    tiers = [(8, 4), Packed(rel_key=0.05, rel_value=0.1)]
-    config = LeanKVConfig(tiers=tiers, keep_share=0.8, high_share=0.1, window=16, flush=4)
-    caches = []
-    for backend in ("torch", "triton"):
-        monkeypatch.setenv("HFKV_BACKEND", backend)
-        cache = LeanKVCache(config)
-        ids = torch.cat([prompt(150), prompt(9, seed=1)], 1)
-        out = [model(part, past_key_values=cache).logits[:, -1] for part in ids.split([150, *[1] * 9], 1)]
-        caches.append((cache, torch.stack(out)))
-    (plain, want), (fused, got) = caches
-    assert (plain.report().backend, fused.report().backend) == ("torch", "triton")
-    assert relative_rms(got, want) < 2e-4
-    assert fused.report().bytes["codes"] == plain.report().bytes["codes"]
-    assert fused.report().bytes["pack_headers"] > 0

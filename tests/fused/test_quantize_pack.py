@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfkv import Packed
 from hfkv.kernels import compaction
 from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, Basis, check_flags, pack_tokens
 from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
@@ -67,6 +68,9 @@ CASES = [
     ((8, 4), (96, 80), torch.float32, "minmax"),
     ((4, 2), (64, 128), torch.float16, "minmax"),
     ("exact", (80, 64), torch.float16, "fitted"),
+    (Packed(), (64, 64), torch.float32, "fitted"),
+    (Packed(rel_key=0.005, rel_value=0.4), (80, 96), torch.float16, "fitted"),
+    (Packed(rel_key=0.3, value_bits=4), (72, 20), torch.float32, "fitted"),
 ]
 
 
@@ -100,7 +104,10 @@ def test_vectors_of_zeros_and_constants():
 
 @given(
     st.sampled_from(
-        [("fitted", (8, 4)), ("fitted", (4, 2)), ("fitted", (3, 3)), ("minmax", (4, 2)), ("fitted", "exact")]
+        [
+            *(("fitted", tier) for tier in ((8, 4), (4, 2), (3, 3), "exact", Packed(), Packed(rel_key=0.5))),
+            ("minmax", (4, 2)),
+        ]
     ),
     st.floats(-3, 6),
     st.integers(0, 10**6),

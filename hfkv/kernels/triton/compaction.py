@@ -324,9 +324,9 @@ def recode_kernel(
     F_KIND: tl.constexpr, F_BITS: tl.constexpr, F_SIGNED: tl.constexpr, F_PADDED: tl.constexpr, F_ROWS: tl.constexpr,
     F_START: tl.constexpr, F_SCALE: tl.constexpr, F_ZERO: tl.constexpr, F_ELEMENT: tl.constexpr,
     TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr, GAUSS: tl.constexpr, PADDED: tl.constexpr,
-    SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, ROWS: tl.constexpr, ELEMENT: tl.constexpr,
-    START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    BITS: tl.constexpr, TOP: tl.constexpr, BOUND: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr,
+    GAUSS: tl.constexpr, PADDED: tl.constexpr, SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    ROWS: tl.constexpr, ELEMENT: tl.constexpr, START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of slots of tier 0): slots_of int32 [rows, slots], the slot in tier 1 that a token goes to."""
     row = tl.program_id(0)
@@ -343,7 +343,7 @@ def recode_kernel(
             base, inside, ok, feature, real, element, F_KIND, F_BITS, F_SIGNED, F_PADDED, F_ROWS, F_START, F_SCALE,
             F_ZERO, F_ELEMENT, F_TOKENS, VALUE,
         )  # fmt: skip
-        codes, scale, zero, flag = quantise(x, real[None, :], KIND, BITS, UNBIASED, GAUSS, DIM)
+        codes, scale, zero, flag = quantise(x, real[None, :], KIND, TOP, BOUND, UNBIASED, GAUSS, DIM)
         found = tl.max(tl.where(ok, flag, 0), 0)
         if found > 0:
             tl.atomic_or(flags, found)

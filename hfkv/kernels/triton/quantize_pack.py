@@ -62,6 +62,8 @@ def side_constants(layout: PageLayout, side: str) -> dict[str, Any]:
     return {
         "KIND": KINDS[codec.kind],
         "BITS": codec.bits,
+        "TOP": codec.top,
+        "BOUND": codec.bound if codec.kind == "bounded" else 0.0,
         "UNBIASED": codec.unbiased,
         "SIGNED": codec.signed,
         "GAUSS": GAUSS_STEP.get(codec.bits, 0.0),
@@ -135,26 +137,36 @@ def scale_of(code):
 
 
 @triton.jit
-def scale_code(scale, ROUND_UP: tl.constexpr):
-    """Scales -> (scale byte as float, whether no byte holds it)."""
+def scale_code(scale, ROUND: tl.constexpr):
+    """Scales -> (scale byte as float, whether no byte holds it); ROUND: down (-1), to the nearest (0), up (1)."""
     code = tl.log2(tl.maximum(scale, 2.0**-30)) * SCALE_STEPS
-    code = (tl.ceil(code) if ROUND_UP else round_even(code)) + SCALE_BIAS
+    if ROUND == 0:
+        code = round_even(code)
+    elif ROUND > 0:
+        code = tl.ceil(code)
+    else:
+        code = tl.floor(code)
+    code += SCALE_BIAS
     return clamp(code, 1.0, 255.0), code > 255
 
 
 @triton.jit
 def quantise(
-    x, real, KIND: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, GAUSS: tl.constexpr, DIM: tl.constexpr
-):
+    x, real,
+    KIND: tl.constexpr, TOP: tl.constexpr, BOUND: tl.constexpr, UNBIASED: tl.constexpr, GAUSS: tl.constexpr,
+    DIM: tl.constexpr,
+):  # fmt: skip
     """Vectors float32 [n, columns], 0 where not `real` -> (codes float, scale, zero, flag bits int32 [n])."""
-    TOP: tl.constexpr = 2**BITS - 1
     flag = tl.max(tl.where(tl.abs(x) <= LARGEST, 0, 1), 1)
     scale = tl.zeros_like(tl.max(x, 1))
     zero = scale
     levels = x
     if KIND == AFFINE:
         low, high = tl.minimum(tl.min(x, 1), 0.0), tl.maximum(tl.max(x, 1), 0.0)
-        scale, beyond = scale_code(tl.div_rn(high - low, tl.full(low.shape, TOP - 0.5, tl.float32)), True)
+        if BOUND > 0:
+            scale, beyond = scale_code((high - low) * BOUND, -1)
+        else:
+            scale, beyond = scale_code(tl.div_rn(high - low, tl.full(low.shape, TOP - 0.5, tl.float32)), 1)
         step = scale_of(scale)
         zero = round_even(clamp(-tl.div_rn(low, step), 0.0, TOP))
         y = tl.div_rn(x, tl.broadcast_to(step[:, None], x.shape)) + zero[:, None]
@@ -172,7 +184,7 @@ def quantise(
             fitted = tl.div_rn(energy, tl.maximum(overlap, 1e-30))
         else:
             fitted = tl.div_rn(overlap, tl.maximum(tl.sum(centred * centred, 1), 0.25))
-        scale, beyond = scale_code(fitted, False)
+        scale, beyond = scale_code(fitted, 0)
         flag |= tl.where(beyond, 2, 0)
     if KIND == MINMAX:
         low = tl.min(tl.where(real, x, float("inf")), 1)
@@ -235,9 +247,9 @@ def pack_kernel(
     SHIFT: tl.constexpr, SCORED: tl.constexpr, STORE: tl.constexpr, SAFE: tl.constexpr, BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr, GAUSS: tl.constexpr, PADDED: tl.constexpr,
-    SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, ROWS: tl.constexpr, ELEMENT: tl.constexpr,
-    START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
+    BITS: tl.constexpr, TOP: tl.constexpr, BOUND: tl.constexpr, UNBIASED: tl.constexpr, SIGNED: tl.constexpr,
+    GAUSS: tl.constexpr, PADDED: tl.constexpr, SLICES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    ROWS: tl.constexpr, ELEMENT: tl.constexpr, START: tl.constexpr, SCALE: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, blocks of tokens). Without STORE tokens whose norm shows that they can be coded are not quantised."""
     row = tl.program_id(0)
@@ -275,7 +287,7 @@ def pack_kernel(
         if SHIFT:
             centre = tl.load(mean + row.to(tl.int64) * DIM + feature, mask=real, other=0.0)
             x = tl.where(ok[:, None], x - centre[None, :], 0.0)
-        codes, scale, zero, flag = quantise(x, real[None, :], KIND, BITS, UNBIASED, GAUSS, DIM)
+        codes, scale, zero, flag = quantise(x, real[None, :], KIND, TOP, BOUND, UNBIASED, GAUSS, DIM)
         found = tl.max(tl.where(ok, flag, 0), 0)
         if found > 0:
             tl.atomic_or(flags, found)
