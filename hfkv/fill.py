@@ -168,7 +168,7 @@ def _ragged(uniform: int | None, counts: Tensor, most: int, positions: Tensor, s
 
 
 class FillBook:
-    """Works out each step's fill and padding once for all layers of a device, by identity of what they follow from."""
+    """Works out each step's fill and padding once for all layers of a device, by what they follow from (identity)."""
 
     def __init__(self) -> None:
         self._fills: dict[tuple, tuple[tuple, Any]] = {}

@@ -217,8 +217,8 @@ transformers (sliding windows, latents, an attention of their own) show `=` and 
 the report says so.
 
 Layers on several devices (`device_map`) are no column here: no machine with two GPUs has run them. On simulated
-devices, which refuse every operator that mixes two, every way of generating says what one CPU says, bit for bit
-(`tests/test_devices.py`, `tests/test_device_pools.py`).
+devices, which refuse every operator that mixes two, the ways of generating of `tests/test_devices.py` say what one CPU
+says, bit for bit; `tests/test_device_pools.py` holds bytes, limits, files and faults.
 
 """
 
