@@ -84,7 +84,7 @@ def settings() -> dict[str, dict[str, Any]]:
         drop("attention", (dropped,), score="attention")
     drop("replay", (0.1,), score="replay")
     drop("kvzip", (0.3, 0.5, 0.7), score="kvzip")
-    drop("value_attention", (0.3,), score="value_attention")
+    drop("value_attention", (0.3, 0.1, 0.7), score="value_attention")
     for dropped in (0.1, 0.5, 0.7):
         drop("attention + 0.25 KVCrush", (dropped,), score="attention", representatives=KVCrush(0.25))
     for name in ("replay", "keydiff", "h2o", "snapkv", "expected_attention", "knorm", "value_attention"):

@@ -272,6 +272,7 @@ class PagePool:
     def trim(self) -> None:
         """Give arenas without a used page back to the device's allocator."""
         self.catch_up()
+        self._seen_used = None
         self._reclaim({})
         spare = set(self._spare)
         for number, arena in list(self._arenas.items()):
@@ -456,7 +457,7 @@ class PagePool:
             self._arena_of = torch.nn.functional.pad(self._arena_of, pad)
             self._offset_of = torch.nn.functional.pad(self._offset_of, pad)
             self.chunk_addresses = torch.nn.functional.pad(self.chunk_addresses, pad)
-            self._fit_owners()
+        self._fit_owners()  # also if an interruption has kept it from fitting chunks that are known
         arena.chunks = [self._unborn.pop() for _ in range(chunks)]
         words = self.chunk_bytes // WORD
         self._home.update((chunk, (number, i * words)) for i, chunk in enumerate(arena.chunks))
