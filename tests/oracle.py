@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,17 @@ from hfkv.paging.pool import PagePool
 from hfkv.paging.rows import Incoming
 from hfkv.paging.sealed import SealingPool
 from hfkv.quant import EMPTY, HIGH, LOW, NEW, PageLayout, rotation
+
+PAGE_CASES = [
+    # tokens per row and tier, tiers, key dim, value dim, page tokens
+    pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 64, 32, id="one-token"),
+    pytest.param([(0, 63), (111, 1)], ((8, 4), (4, 2)), 64, 64, 32, id="T63-T111-D64"),
+    pytest.param([(63, 111), (0, 0), (5, 700)], ((8, 4), (4, 2)), 80, 80, 64, id="empty-row-D80"),
+    pytest.param([(33, 257), (64, 32)], ((8, 4), (4, 3)), 96, 96, 32, id="V3-D96"),
+    pytest.param([(111, 63)], ((4, 4), (3, 2)), 128, 128, 64, id="K3-D128"),
+    pytest.param([(40, 300), (1, 1)], ((8, 8), (2, 2)), 256, 256, 64, id="K2V2-D256"),
+    pytest.param([(100, 40)], ((8, 4), (4, 2)), 20, 10, 32, id="odd-dims"),
+]
 
 
 def make_layer(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
+from oracle import PAGE_CASES, dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
 
 from hfkv.kernels import decode_attention
 from hfkv.kernels.decode_attention import attention_received, exact_keys, join
@@ -10,15 +10,8 @@ from hfkv.kernels.observe import received_exact
 from hfkv.kernels.prompt_attention import QUERY_BLOCK, prompt_attention
 
 CASES = [
-    # tokens per row and tier, tiers, key dim, value dim, page tokens
-    pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 64, 32, id="one-token"),
-    pytest.param([(0, 63), (111, 1)], ((8, 4), (4, 2)), 64, 64, 32, id="T63-T111-D64"),
-    pytest.param([(63, 111), (0, 0), (5, 700)], ((8, 4), (4, 2)), 80, 80, 64, id="empty-row-D80"),
-    pytest.param([(33, 257), (64, 32)], ((8, 4), (4, 3)), 96, 96, 32, id="V3-D96"),
-    pytest.param([(111, 63)], ((4, 4), (3, 2)), 128, 128, 64, id="K3-D128"),
-    pytest.param([(40, 300), (1, 1)], ((8, 8), (2, 2)), 256, 256, 64, id="K2V2-D256"),
+    *PAGE_CASES,
     pytest.param([(100, 40), (7, 3)], ("exact", (4, 2)), 192, 128, 32, id="exact-tier-D192-Dv128"),
-    pytest.param([(100, 40)], ((8, 4), (4, 2)), 20, 10, 32, id="odd-dims"),
     pytest.param([(511, 0), (129, 0)], ("exact",), 64, 64, 64, id="exact"),
 ]
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from oracle import dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
+from oracle import PAGE_CASES, dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
 from tiny import tiny_llama
 from torch._dynamo.utils import counters
 
@@ -19,17 +19,6 @@ from hfkv.backends.compiled import CompiledKernels
 from hfkv.fill import Fill
 from hfkv.kernels.loops import step_loops
 from hfkv.window import Window
-
-CASES = [
-    # tokens per row and tier, tiers, key dim, value dim, page tokens
-    pytest.param([(1, 0)], ((8, 4), (4, 2)), 64, 64, 32, id="one-token"),
-    pytest.param([(0, 63), (111, 1)], ((8, 4), (4, 2)), 64, 64, 32, id="T63-T111-D64"),
-    pytest.param([(63, 111), (0, 0), (5, 700)], ((8, 4), (4, 2)), 80, 80, 64, id="empty-row-D80"),
-    pytest.param([(33, 257), (64, 32)], ((8, 4), (4, 3)), 96, 96, 32, id="V3-D96"),
-    pytest.param([(111, 63)], ((4, 4), (3, 2)), 128, 128, 64, id="K3-D128"),
-    pytest.param([(40, 300), (1, 1)], ((8, 8), (2, 2)), 256, 256, 64, id="K2V2-D256"),
-    pytest.param([(100, 40)], ((8, 4), (4, 2)), 20, 10, 32, id="odd-dims"),
-]
 
 
 def step_of(layer, q, k, v, count, call):
@@ -70,7 +59,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(compiled, "_compiled", lambda shape, work: step_loops(shape))
 
 
-@pytest.mark.parametrize("counts, tiers, key_dim, value_dim, tokens", CASES)
+@pytest.mark.parametrize("counts, tiers, key_dim, value_dim, tokens", PAGE_CASES)
 @pytest.mark.parametrize(
     "groups, queries, softcap, sinks", [(1, 1, None, False), (4, 1, 5.0, True), (7, 2, None, True)]
 )

@@ -92,29 +92,29 @@ class LoopView:
 
     def step(self, past: Past, q: Tensor, call: Call) -> Step | None:
         """The loops for such a step; None where plain torch is to take it."""
-        queries = q.shape[2]
-        key = (queries, call.scaling, call.softcap, call.sinks is None)
+        key = (q.shape[2], call.scaling, call.softcap, call.sinks is None)
         if key not in self._steps:
-            few = q.shape[1] // past.window.heads * queries <= MOST_QUERIES
-            self._steps[key] = _compiled(self._shape(past, q, call), self.work) if self.pages and few else None
+            groups = q.shape[1] // past.window.heads
+            fits = self.pages is not None and groups * q.shape[2] <= MOST_QUERIES
+            self._steps[key] = _compiled(self._shape(past, q, call, groups), self.work) if fits else None
         return self._steps[key]
 
-    def _shape(self, past: Past, q: Tensor, call: Call) -> StepShape:
-        folding, queries = self.work.folding, q.shape[1] // past.window.heads * q.shape[2]
+    def _shape(self, past: Past, q: Tensor, call: Call, groups: int) -> StepShape:
+        folding = self.work.folding
         columns = [(part.start, part.stop) for part in (*folding.keys, folding.total, folding.rotated)]
         return StepShape(
             layouts=self.layouts,
             keys=tuple(columns[:-2]),
             total=columns[-2],
             rotated=columns[-1],
-            groups=q.shape[1] // past.window.heads,
+            groups=groups,
             slots=past.window.capacity,
             scaling=call.scaling,
             softcap=call.softcap,
             dtype=q.dtype,
             absent=(call.sinks is None, self.work.mean is None),
             single=(self.work.rows == 1, q.shape[2] == 1),
-            serial=self.slots * queries <= SERIAL,
+            serial=self.slots * groups * q.shape[2] <= SERIAL,
         )
 
 

@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from hfkv.attention import NAME
 from hfkv.backends.compiled import require_compiler
 from hfkv.cache import LeanKVCache
-from hfkv.graphs.host import HostDecode
+from hfkv.graphs.host import HostDecode, original
 from hfkv.graphs.step import DecodeStep, Recorder, Request
 from hfkv.layer import LeanKVLayer
 from hfkv.masks import GROW, follow_growth, made_from
@@ -75,29 +75,25 @@ class CompiledDecode:
     def note_capture(self) -> None:
         self.captured += 1
 
-    def original(self, model: Any, name: str) -> Callable[..., Any]:
-        """The model's method without `compile_decode`."""
-        return self.before[name] if name in self.before else types.MethodType(getattr(type(model), name), model)
-
     def forward(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The model's forward: a decode step that fits is a replay, everything else runs as always."""
-        original = self.original(model, _FORWARD)
+        forward = original(self.before, model, _FORWARD)
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, LeanKVCache) or torch.compiler.is_compiling():
-            return original(*args, **kwargs)
+            return forward(*args, **kwargs)
         found = self._request(model, cache, args, kwargs)
         if isinstance(found, str):
             self.eager[found] += 1
-            return original(*args, **kwargs)
+            return forward(*args, **kwargs)
         step, request = found
         cache.begin_step()
         try:
             if not step.is_current(cache):
                 step.bind(cache, request)
-            out = step.run(cache, request, original)
+            out = step.run(cache, request, forward)
         except Exception as error:
             step.forget()
-            out = original(*args, **kwargs)  # raises what is wrong with the call itself
+            out = forward(*args, **kwargs)  # raises what is wrong with the call itself
             self._refuse(model, error)
             return out
         if step.replayed:
@@ -252,9 +248,7 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
     devices = sorted({str(x.device) for x in model.parameters()})
     if devices == ["cpu"]:
         require_compiler()
-        remove(model)
-        _install(model, HostDecode({name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}))
-        return model
+        return _install(model, HostDecode)
     if len(devices) != 1 or not devices[0].startswith("cuda"):
         raise ValueError(
             f"compile_decode needs a model on the CPU or on one CUDA device, and this one is on "
@@ -267,18 +261,20 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
 
 def install(model: PreTrainedModel, recorder: Recorder) -> PreTrainedModel:
     """`compile_decode` by graphs without its checks, with another recorder."""
-    remove(model)
-    before = {name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     text = model.config.get_text_config(decoder=True)
-    _install(model, CompiledDecode(text, takes_positions, recorder, before))
+    _install(model, functools.partial(CompiledDecode, text, takes_positions, recorder))
     follow_growth(model)
     return model
 
 
-def _install(model: PreTrainedModel, state: CompiledDecode | HostDecode) -> None:
-    model.__dict__[_STATE] = state
+def _install(model: PreTrainedModel, made: Callable[[dict[str, Any]], CompiledDecode | HostDecode]) -> PreTrainedModel:
+    """Run the model's forward by what is `made` of the methods that it has as its own, by name."""
+    remove(model)
+    before = {name: model.__dict__[name] for name in (_FORWARD, GROW) if name in model.__dict__}
+    model.__dict__[_STATE] = made(before)
     model.__dict__[_FORWARD] = types.MethodType(_wrapped(type(model).forward), model)
+    return model
 
 
 def remove(model: PreTrainedModel) -> None:
@@ -304,10 +300,10 @@ def decode_report(model: PreTrainedModel) -> DecodeReport:
     return DecodeReport(state.captured, state.replayed, state.warmed, dict(state.eager))
 
 
-def _wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward with the signature of the original, which generate looks at."""
+def _wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with the signature of the model's own, which generate looks at."""
 
-    @functools.wraps(original)
+    @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_STATE].forward(self, args, kwargs)
 

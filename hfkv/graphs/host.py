@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ import torch
 from hfkv.cache import LeanKVCache
 
 NOT_CAPTURED = "on the CPU no step is captured: attention reads packed codes by compiled loops"
+
+
+def original(before: dict[str, Any], model: Any, name: str) -> Callable[..., Any]:
+    """The model's method without `compile_decode`; `before`: those that it had as its own, by name."""
+    return before[name] if name in before else types.MethodType(getattr(type(model), name), model)
 
 
 class HostDecode:
@@ -32,8 +38,7 @@ class HostDecode:
             self.forwards += 1
             if not cache.compiled:
                 cache.compile_loops()
-        own = self.before.get("forward")
-        return (types.MethodType(type(model).forward, model) if own is None else own)(*args, **kwargs)
+        return original(self.before, model, "forward")(*args, **kwargs)
 
     @property
     def eager(self) -> dict[str, int]:

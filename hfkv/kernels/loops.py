@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hfkv.kernels.decode_attention import cap
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
 TierPages = tuple[Tensor, Tensor, Tensor]
@@ -82,10 +83,10 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         folded = _product(x, into)
         constant = None if mean is None else (folded[..., slice(*shape.rotated)] * mean[:, None]).sum(-1)
         # ---- logits, and the largest of each query
-        exact = _capped(shape, (x[:, :, None] * window_k.float()[:, None]).sum(-1))  # [rows, groups * queries, slots]
+        exact = (x[:, :, None] * window_k.float()[:, None]).sum(-1)  # [rows, groups * queries, slots]
         newest = torch.arange(x.shape[1]) % queries - queries  # of each query, counted from the window's end
         seen = torch.arange(window_k.shape[1]) <= (filled[:, None] + newest)[..., None]
-        exact = torch.where(seen, exact, float("-inf"))
+        exact = torch.where(seen, cap(exact, shape.softcap), float("-inf"))
         largest, packed = exact.amax(-1), []
         for tier, (pages, which, used) in enumerate(tiers):
             logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, tokens]
@@ -119,7 +120,7 @@ def _logits(shape: StepShape, tier: int, stored: Tensor, folded: Tensor, constan
         products = products + sum(terms[1:], terms[0]).sum(-1)
     zero = _part(layout, stored, "key_zero")[:, None].float() if codec.zero_bytes else codec.center
     logits = (products - folded[..., slice(*shape.total)][..., None] * zero) * _scales(layout, stored, "key_scale")
-    return _capped(shape, logits if constant is None else logits + constant[..., None, None])
+    return cap(logits if constant is None else logits + constant[..., None, None], shape.softcap)
 
 
 def _sums(layout: PageLayout, stored: Tensor, p: Tensor) -> Tensor:
@@ -164,7 +165,3 @@ def _planes(codec: Codec, codes: Tensor, dim: int) -> list[list[tuple[slice, Ten
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """x [..., a] times a small matrix [a, b], by a loop: a library's product would end the function."""
     return (x[..., None] * matrix).sum(-2)
-
-
-def _capped(shape: StepShape, logits: Tensor) -> Tensor:
-    return logits if shape.softcap is None else shape.softcap * torch.tanh(logits / shape.softcap)

@@ -43,11 +43,14 @@ def _tier_pages(packed: PackedLayer, tier: int) -> TierPages:
 
 def _memory(base: int, size: int, layout: PageLayout) -> Tensor:
     """`size` bytes from an address on as pages, each a word behind the one before; what lies between is never read."""
-    memory = torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.uint8)
-    return memory.as_strided(((size - layout.page_bytes) // WORD + 1, layout.page_bytes), (WORD, 1))
+    return _overlapping(torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.uint8), layout)
 
 
 def no_pages(layout: PageLayout, count: int = 2) -> Tensor:
     """Pages of zeros, uint8 [count, page_bytes], each a word behind the one before."""
-    memory = torch.zeros(WORD * (count - 1) + layout.page_bytes, dtype=torch.uint8)
-    return memory.as_strided((count, layout.page_bytes), (WORD, 1))
+    return _overlapping(torch.zeros(WORD * (count - 1) + layout.page_bytes, dtype=torch.uint8), layout)
+
+
+def _overlapping(memory: Tensor, layout: PageLayout) -> Tensor:
+    """Every page that could begin at a word of memory uint8 [bytes]: a view [any, page_bytes]."""
+    return memory.as_strided(((memory.numel() - layout.page_bytes) // WORD + 1, layout.page_bytes), (WORD, 1))
