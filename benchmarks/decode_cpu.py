@@ -152,7 +152,8 @@ def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, str]) -> 
     """One row per cache, ratios to the reference in the same run."""
     median = {name: statistics.median(t.steps) for name, t in times.items()}
     mean = {name: statistics.fmean(t.steps) for name, t in times.items()}
-    prompt = {name: min(t.prompts) for name, t in times.items()}
+    prompt = {name: statistics.median(t.prompts) for name, t in times.items()}
+    slower = {name: statistics.median(_ratios(t.prompts, times[REFERENCE].prompts)) for name, t in times.items()}
     return [
         {
             "cache": name,
@@ -162,12 +163,18 @@ def result_rows(tokens: int, times: dict[str, Times], peaks: dict[str, str]) -> 
             "mean_step_ms": f"{1000 * mean[name]:.1f}",
             "mean_step_ratio": f"{mean[name] / mean[REFERENCE]:.3f}",
             "prompt_s": f"{prompt[name]:.2f}",
-            "prompt_ratio": f"{prompt[name] / prompt[REFERENCE]:.3f}",
+            "prompt_ratio": f"{slower[name]:.3f}",
+            "prompts": len(times[name].prompts),
             "prompt_peak_mib": peaks.get(name, ""),
             "steps": len(times[name].steps),
         }
         for name in times
     ]
+
+
+def _ratios(own: list[float], reference: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(own, reference, strict=True)]
 
 
 def main() -> None:

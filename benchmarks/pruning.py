@@ -39,56 +39,52 @@ TAIL = "\n\nSo much for the documents. Now some questions about them, each answe
 EXACT = dict(tiers=("exact",), rotate_keys=False, rotate_values=False)
 
 
+SHARES = (0.3, 0.5, 0.7, 0.1)  # of the tokens dropped
+CONTROLS = ("random", "strided", "keydiff", "leverage")  # choose representatives among what attention would drop
+CHEAP = (
+    "attention",
+    "replay",
+    "keydiff",
+    "snapkv",
+    "value_attention",
+    "expected_attention",
+    "knorm",
+    "leverage",
+    "coverage",
+)
+DEAR = ("h2o", "kvzip")  # quadratic in the prompt; a second pass
+
+
 def settings() -> dict[str, dict[str, Any]]:
-    """Name -> fields of LeanKVConfig, those that matter most first."""
-    made: dict[str, dict[str, Any]] = {}
+    """Name -> fields of LeanKVConfig, those that matter most first and those that take longest last."""
+    made: dict[str, dict[str, Any]] = {
+        "K4V2": dict(tiers=((4, 2),)),
+        "aggressive": dict(high_share=0.03, keep_share=0.65),
+        "budget 0.18 replay": dict(budget=0.18, score="replay"),
+        "budget 0.18 attention": dict(budget=0.18, score="attention"),
+        "budget 0.125 replay": dict(budget=0.125, score="replay"),
+    }
 
-    def drop(name: str, dropped: tuple[float, ...], **fields: Any) -> None:
-        for share in dropped:
-            made[f"drop {share:.0%} {name}"] = {**EXACT, "keep_share": round(1 - share, 2), **fields}
+    def drop(name: str, dropped: float, score: Any, representatives: Representatives | None = None) -> None:
+        fields = {**EXACT, "keep_share": round(1 - dropped, 2), "score": score, "representatives": representatives}
+        made[f"drop {dropped:.0%} {name}"] = fields
 
-    def represented(share: float, dropped: tuple[float, ...], by: str) -> None:
-        drop(f"attention + {share} {by}", dropped, score="attention", representatives=Representatives(share, by))
+    def alone_and_together(score: str, dropped: float) -> None:
+        drop(score, dropped, score)
+        drop(f"{score} + 0.75 KVCrush", dropped, score, KVCrush(0.75))
 
-    drop("replay", (0.3,), score="replay")
-    made["budget 0.18 replay"] = dict(budget=0.18, score="replay")
-    made["K4V2"] = dict(tiers=((4, 2),))
-    made["aggressive"] = dict(high_share=0.03, keep_share=0.65)
-    drop("attention", (0.3,), score="attention")
-    drop("replay", (0.5,), score="replay")
-    drop("attention", (0.5,), score="attention")
-    made["budget 0.18 attention"] = dict(budget=0.18, score="attention")
-    drop("replay", (0.7,), score="replay")
-    drop("keydiff", (0.5,), score="keydiff")
-    drop("random", (0.5,), score="random")
-    drop("attention + 0.75 KVCrush", (0.5,), score="attention", representatives=KVCrush(0.75))
-    represented(0.75, (0.5,), "random")
-    drop("leverage", (0.5,), score="leverage")
-    drop("replay + keydiff", (0.7,), score=("replay", "keydiff"))
-    drop("snapkv", (0.5,), score="snapkv")
-    drop("attention + 0.25 KVCrush", (0.3,), score="attention", representatives=KVCrush(0.25))
-    for by in ("strided", "keydiff", "leverage"):
-        represented(0.75, (0.5,), by)
-    made["budget 0.125 replay"] = dict(budget=0.125, score="replay")
-    for name in ("h2o", "expected_attention", "coverage", "value_attention", "knorm"):
-        drop(name, (0.5,), score=name)
-    drop("replay + 0.25 KVCrush", (0.7,), score="replay", representatives=KVCrush(0.25))
-    drop("attention + 0.25 KVCrush shared", (0.3,), score="attention", representatives=KVCrush(0.25, per_head=False))
-    for dropped in (0.3, 0.7, 0.1):
-        for name in ("keydiff", "random", "leverage", "snapkv", "h2o", "expected_attention", "coverage", "knorm"):
-            drop(name, (dropped,), score=name)
-        drop("attention + 0.75 KVCrush", (dropped,), score="attention", representatives=KVCrush(0.75))
-        for by in ("random", "strided", "keydiff"):
-            represented(0.75, (dropped,), by)
-    for dropped in (0.1, 0.7):
-        drop("attention", (dropped,), score="attention")
-    drop("replay", (0.1,), score="replay")
-    drop("kvzip", (0.3, 0.5, 0.7), score="kvzip")
-    drop("value_attention", (0.3, 0.1, 0.7), score="value_attention")
-    for dropped in (0.1, 0.5, 0.7):
-        drop("attention + 0.25 KVCrush", (dropped,), score="attention", representatives=KVCrush(0.25))
-    for name in ("replay", "keydiff", "h2o", "snapkv", "expected_attention", "knorm", "value_attention"):
-        drop(f"{name} + 0.75 KVCrush", (0.5,), score=name, representatives=KVCrush(0.75))
+    for dropped in SHARES:
+        for score in CHEAP:
+            alone_and_together(score, dropped)
+        drop("attention + 0.25 KVCrush", dropped, "attention", KVCrush(0.25))
+        drop("attention + 0.25 KVCrush shared", dropped, "attention", KVCrush(0.25, per_head=False))
+        drop("random", dropped, "random")
+        for by in CONTROLS:
+            drop(f"attention + 0.75 {by}", dropped, "attention", Representatives(0.75, by))
+    drop("replay + keydiff", 0.7, ("replay", "keydiff"))
+    drop("replay + 0.25 KVCrush", 0.7, "replay", KVCrush(0.25))
+    for score, dropped in itertools.product(DEAR, SHARES):
+        alone_and_together(score, dropped)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,15 @@ from torch.nn.functional import pad
 from hfkv.attend import Call, head_rows, sink_rows
 from hfkv.backends.plain import Kernels
 from hfkv.fill import newest_last
+from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
-from hfkv.kernels.replay import most_received
+from hfkv.kernels.replay import Asking, most_received
 from hfkv.observe import kept_queries, newest_queries
 from hfkv.paging.rows import PackedRows
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
     from hfkv.tokens import LayerTokens
-
-LOGIT_BYTES = 64 << 20
-"""Logits of one block of queries, at most."""
 
 SINKS = 4
 """First tokens of a prompt that take part in every block of a replay, as sinks of attention."""
@@ -173,21 +172,22 @@ class LayerMaterial:
         filled = self._filled().view(batch, heads, slots)
         total = torch.zeros(rows, q_heads // heads, slots + exact, device=self._device)
         seen_by = torch.zeros(batch, heads, slots + exact, device=self._device)
-        step = max(1, LOGIT_BYTES // max(1, 4 * batch * q_heads * (slots + exact)))
-        for first in range(0, count, step):
-            q, last = queries.q[:, :, first : first + step], queries.last[:, first : first + step]
-            causal = torch.arange(exact, device=self._device) <= last[..., None]  # [batch, step, exact]
-            there = (last >= 0)[:, None, :, None] & filled[:, :, None]  # [batch, heads, step, slots]
+        at_once = logits_at_once(self._device, slots + exact) // (q_heads // heads)
+        each, some = max(1, min(count, at_once)), max(1, at_once // max(1, count))  # queries, and rows
+        for first in range(0, count, each):
+            q, last = queries.q[:, :, first : first + each], queries.last[:, first : first + each]
+            causal = torch.arange(exact, device=self._device) <= last[..., None]  # [batch, each, exact]
+            there = (last >= 0)[:, None, :, None] & filled[:, :, None]  # [batch, heads, each, slots]
             sees = torch.cat([there, causal[:, None].expand(-1, heads, -1, -1)], -1).flatten(0, 1)
-            logits = cap(torch.bmm(head_rows(q, heads, call), held.transpose(1, 2)), call.softcap)
-            logits = logits.unflatten(1, (-1, q.shape[2])).masked_fill(~sees[:, None], float("-inf"))
-            lse = logits.logsumexp(-1, keepdim=True)
-            sinks = sink_rows(q, heads, call)
-            if sinks is not None:
-                lse = torch.logaddexp(lse, sinks.unflatten(1, (-1, q.shape[2]))[..., None])
-            lse = lse.masked_fill(lse == float("-inf"), 0.0)
-            total += (logits - lse).exp_().sum(2)
             seen_by += sees.sum(1).view(batch, heads, -1)
+            asking, sinks = head_rows(q, heads, call), sink_rows(q, heads, call)
+            for part in (slice(row, row + some) for row in range(0, rows, some)):
+                logits = cap(torch.bmm(asking[part], held[part].transpose(1, 2)), call.softcap)
+                logits = logits.unflatten(1, (-1, q.shape[2])).masked_fill_(~sees[part, None], float("-inf"))
+                lse = logits.logsumexp(-1, keepdim=True)
+                if sinks is not None:
+                    lse = torch.logaddexp(lse, sinks[part].unflatten(1, (-1, q.shape[2]))[..., None])
+                total[part] += logits.sub_(lse.masked_fill(lse == float("-inf"), 0.0)).exp_().sum(2)
         take = slots + self._new
         seen_by = seen_by.repeat_interleave(q_heads // heads, 1)
         return total.view(batch, q_heads, -1)[..., :take], seen_by[..., :take]
@@ -204,11 +204,13 @@ class LayerMaterial:
         """Stored tokens of an earlier chunk, which stay as they are, get 0."""
         assert self._prompt is not None and self._call is not None, "a replay needs a prompt's queries"
         fill, heads, rotary = self._sequences.fill, self._sequences.k.shape[1], self._call.rotary
+        k, prompt = self._sequences.k, self._prompt
+        alike = self._valid is None and fill.uniform == k.shape[2]
+        asking = None if alike else Asking.of(prompt.last, fill.counts, k.shape[2], prompt.q.shape[2])
         received = most_received(
-            self._prompt.q,
-            self._prompt.last,
-            self._sequences.k,
-            fill.counts,
+            prompt.q,
+            k,
+            asking,
             self._first_keys(),
             self._call.scaling,
             self._call.softcap,
@@ -292,11 +294,12 @@ def most_given(tokens: LayerTokens, q: Tensor, valid: Tensor | None, call: Call,
     sides = [tokens.packed.vectors(tier, width)[0] for tier, width in enumerate(packed_slots(tokens))]
     for keys in [*sides, window.k[:, :, : fill.most].flatten(0, 1)]:
         most = torch.zeros(keys.shape[:2], device=keys.device)
-        step = max(1, LOGIT_BYTES // max(1, 4 * keys.shape[0] * keys.shape[1]))
-        for first in range(0, rows.shape[1], step):
-            part = slice(first, first + step)
-            logits = cap(torch.bmm(rows[:, part], keys.float().transpose(1, 2)), call.softcap)
-            most = torch.maximum(most, (logits - total[:, part]).exp_().amax(1))
+        keys = keys.float().transpose(1, 2)
+        step = max(1, min(rows.shape[1], logits_at_once(keys.device, keys.shape[2])))
+        for row, first in itertools.product(range(rows.shape[0]), range(0, rows.shape[1], step)):
+            own, part = slice(row, row + 1), slice(first, first + step)
+            logits = cap(torch.bmm(rows[own, part], keys[own]), call.softcap)
+            most[own] = torch.maximum(most[own], logits.sub_(total[own, part]).exp_().amax(1))
         best.append(most)
     return torch.cat(best, 1)
 

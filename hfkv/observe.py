@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hfkv.attend import Call, head_rows, sink_rows
 from hfkv.fill import newest_last
@@ -34,13 +35,18 @@ def observe_chunk(
     """
     fill, heads, groups = sequences.fill, sequences.k.shape[1], q.shape[1] // sequences.k.shape[1]
     picked, last, total = newest_queries(sequences, q, valid, lse, count)
-    slot = torch.arange(sequences.k.shape[2], device=q.device)
-    visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, count, n]
+    if valid is None and fill.uniform == sequences.k.shape[2]:  # all sequences are alike: what is older, all see
+        order = torch.arange(picked.shape[2], device=q.device)
+        visible = (order <= order[:, None])[None]
+    else:
+        slot = torch.arange(sequences.k.shape[2], device=q.device)
+        visible = (slot <= last[..., None]).repeat_interleave(heads, 0)  # [rows, count, n]
     if total is not None:
         total = total.flatten(1)
     rows, keys = head_rows(picked, heads, call), sequences.k.flatten(0, 1)
     received = received_exact(rows, keys, visible, groups, call.softcap, sink_rows(picked, heads, call), total)
-    return _scored(received, visible, fill.lengths, heads)
+    seen = pad(visible.any(1), (received.shape[1] - visible.shape[2], 0), value=True)
+    return _scored(received, seen, fill.lengths, heads)
 
 
 def newest_queries(
@@ -52,7 +58,10 @@ def newest_queries(
     """
     fill, heads, queries = sequences.fill, sequences.k.shape[1], q.shape[2]
     groups, count = q.shape[1] // heads, min(count, queries)
-    real = torch.ones(q.shape[0], queries, dtype=torch.bool, device=q.device) if valid is None else valid[:, -queries:]
+    if valid is None:
+        last = (fill.counts[:, None] - count + torch.arange(count, device=q.device)).clamp_min(-1)
+        return q[:, :, -count:], last, None if lse is None else lse[..., -count:]
+    real = valid[:, -queries:]
     own = real.sum(1)[:, None]  # [batch, 1] real queries
     pick = own - count + torch.arange(count, device=q.device)  # [batch, count]; negative: a sequence has fewer
     index = newest_last(real).gather(1, pick.clamp_min(0))
@@ -98,7 +107,7 @@ def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[
         p = p.masked_fill(joint.logits.amax(-1, keepdim=True) == float("-inf"), 0.0)
     received = attention_received(p, work, groups)
     in_window = p[..., work.width : work.width + keys.shape[1]].unflatten(1, (groups, -1)).sum(2).amax(1)
-    score = _scored(in_window / visible.sum(1).clamp_min(1), visible, fill.lengths, heads)
+    score = _scored(in_window / visible.sum(1).clamp_min(1), visible.any(1), fill.lengths, heads)
     length = fill.lengths.repeat_interleave(heads, 0)[:, None]
     for block, parts in zip(received, stored, strict=True):
         old, birth = (parts[name][:, : block.shape[1]] for name in ("score", "birth"))
@@ -113,6 +122,6 @@ def aged(old: Tensor, observed: Tensor, birth: Tensor, seen: int, stands_for: in
     return old + (observed - old) * (block / age)
 
 
-def _scored(received: Tensor, visible: Tensor, lengths: Tensor, heads: int) -> Tensor:
-    """N times the probability; a token that no query has seen counts as average."""
-    return torch.where(visible.any(1), received * lengths.repeat_interleave(heads, 0)[:, None], 1.0)
+def _scored(received: Tensor, seen: Tensor, lengths: Tensor, heads: int) -> Tensor:
+    """N times the probability; a token that no query has seen, bool [rows or 1, n], counts as average."""
+    return torch.where(seen, received * lengths.repeat_interleave(heads, 0)[:, None], 1.0)

@@ -173,7 +173,8 @@ def encode(codec: Codec, x: Tensor, saturate: bool = False) -> tuple[Tensor, Ten
         levels, scale, zero = _affine(codec, x, saturate)
     else:
         levels, scale, zero = _minmax(codec, x, saturate)
-    return pack_codes(levels.sub_(codec.stored_zero).to(torch.int16).to(torch.uint8), codec), scale, zero
+    codes = levels.sub_(128).to(torch.int8).view(torch.uint8) if codec.signed else levels.to(torch.uint8)
+    return pack_codes(codes, codec), scale, zero
 
 
 def decode(codec: Codec, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
@@ -228,7 +229,7 @@ def _affine(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor, Te
         scale = _scale_to_byte((high - low) / (top - 0.5), x, torch.ceil, saturate)
     step = scale_from_byte(scale)
     zero = (low / step).round().neg().clamp_(0, top)
-    levels = (x / step[:, None] + zero[:, None]).round_().clamp_(0, top)
+    levels = (x / step[:, None]).add_(zero[:, None]).round_().clamp_(0, top)
     return levels, scale, zero.to(torch.uint8)
 
 
@@ -236,7 +237,7 @@ def _fit(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor]:
     top = 2**codec.bits - 1
     energy = x.square().sum(-1)  # [n]
     step = (energy / codec.dim).sqrt().mul(GAUSS_STEP[codec.bits]).clamp_min(1e-30)
-    levels = (x / step[:, None] + codec.center).round_().clamp_(0, top)
+    levels = (x / step[:, None]).add_(codec.center).round_().clamp_(0, top)
     centred = levels - codec.center
     overlap = (x * centred).sum(-1)
     fitted = energy / overlap.clamp_min(1e-30) if codec.unbiased else overlap / centred.square().sum(-1)
@@ -393,14 +394,14 @@ class PageLayout:
     def part(self, data: Tensor, start: int, name: str) -> Tensor:
         """A per-token part [n, tokens] of the bytes from `start` on of pages, uint8 [n, bytes], as a view."""
         first, stop = self.fields[name]
-        return data[:, first - start : stop - start].view(self._dtype(name))
+        return data[:, first - start : stop - start].view(self.dtype_of(name))
 
     @functools.cached_property
     def _views(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
         """Per part: dtype, shape and strides inside a page, first element."""
         views: dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]] = {}
         for name, (start, _) in self.fields.items():
-            dtype, shape = self._dtype(name), (self.tokens,)  # type: torch.dtype, tuple[int, ...]
+            dtype, shape = self.dtype_of(name), (self.tokens,)  # type: torch.dtype, tuple[int, ...]
             if name == "key":
                 shape = (self.tokens, self.key.rows)
             elif name == "value":
@@ -414,7 +415,7 @@ class PageLayout:
         """Whether scales and zeros are single bytes, in one stretch: key scale, value scale, then zeros."""
         return {self.key.kind, self.value.kind} <= {"affine", "bounded", "fitted"}
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
         if name in ("key", "value"):
             side = self.key if name == "key" else self.value
             return torch.uint8 if side.bits else side.dtype

@@ -123,7 +123,7 @@ def test_prompt_attention(queries, tokens, softcap, sinks):
 @pytest.mark.parametrize("softcap, with_sinks", [(None, False), (4.0, True)])
 def test_received_attention_is_the_paper_s_significance(softcap, with_sinks, monkeypatch):
     """max over the group of the mean over the queries behind a token; also when rows are taken one by one."""
-    monkeypatch.setattr("hfkv.kernels.observe.LOGIT_BYTES", 1)
+    monkeypatch.setattr("hfkv.kernels.at_once.CACHE_BYTES", 1)
     generator = torch.Generator().manual_seed(4)
     rows, groups, queries, tokens = 3, 2, 5, 40
     q = torch.randn(rows, groups * queries, 16, generator=generator)
@@ -131,6 +131,7 @@ def test_received_attention_is_the_paper_s_significance(softcap, with_sinks, mon
     sinks = torch.randn(rows, groups * queries, generator=generator) if with_sinks else None
     visible = torch.arange(tokens) <= torch.arange(tokens - queries, tokens)[:, None]
     got = received_exact(q, k, visible[None], groups, softcap, sinks)
+    torch.testing.assert_close(received_exact(q, k, visible[None, :, -queries:], groups, softcap, sinks), got)
     for row in range(rows):
         for t in range(tokens):
             best = 0.0

@@ -10,7 +10,7 @@ from families import SUPPORTED, build
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hfkv.kernels import replay
-from hfkv.kernels.replay import most_received
+from hfkv.kernels.replay import Asking, most_received
 from hfkv.rope import rotary_of
 
 ROTARY = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt_oss", "olmo2", "glm", "cohere", "phi"]
@@ -85,7 +85,7 @@ def test_the_formula(groups, monkeypatch):
     counts = torch.tensor([21, 13])
     slot = torch.arange(21)
     last = torch.where(slot < counts[:, None], slot, -1)
-    got = most_received(q, last, k, counts, None, 0.5, None, None)
+    got = most_received(q, k, Asking.of(last, counts, 21, 21), None, 0.5, None, None)
     want = naive(q, k, 0.5, counts.tolist(), 8, 3, replay.SINKS)
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[1, :, :13], want[1, :, :13])
@@ -95,10 +95,23 @@ def test_few_logits_at_a_time_give_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     k, q = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (2, 4))
     last = torch.arange(40).expand(2, -1)
-    terms = (q, last, k, torch.tensor([40, 40]), None, 1.0, 3.0, None)
+    terms = (q, k, Asking.of(last, torch.tensor([40, 31]), 40, 40), None, 1.0, 3.0, None)
     whole = most_received(*terms)
-    monkeypatch.setattr(replay, "LOGIT_BYTES", 1)
-    torch.testing.assert_close(most_received(*terms), whole)
+    for most in (1, 4 * 40 * 50, 4 * 40 * 200):  # a query, 50 of a row's 80, two rows
+        monkeypatch.setattr("hfkv.kernels.at_once.CACHE_BYTES", most)
+        torch.testing.assert_close(most_received(*terms), whole)
+
+
+@pytest.mark.parametrize("queries", [40, 30, 3])
+@pytest.mark.parametrize("behind", [False, True], ids=["first chunk", "behind stored tokens"])
+def test_sequences_that_are_alike_need_no_masks(queries, behind, monkeypatch):
+    monkeypatch.setattr(replay, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(queries)
+    k, q = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((2, 40), (6, queries)))
+    last = torch.arange(40 - queries, 40).expand(2, -1)
+    first = torch.randn(2, 2, 4, 8, generator=generator) if behind else None
+    masked = most_received(q, k, Asking.of(last, torch.tensor([40, 40]), 40, queries), first, 0.3, None, None)
+    torch.testing.assert_close(most_received(q, k, None, first, 0.3, None, None), masked)
 
 
 def test_what_only_its_own_context_asks_for_is_found():
@@ -107,7 +120,7 @@ def test_what_only_its_own_context_asks_for_is_found():
     k = torch.randn(1, 1, 100, 32, generator=generator)
     q = torch.randn(1, 1, 100, 32, generator=generator)
     q[0, 0, 40] = k[0, 0, 41] * 3  # an induction head: the query of token 40 wants the key behind it
-    score = most_received(q, torch.arange(100)[None], k, torch.tensor([100]), None, 1 / math.sqrt(32), None, None)
+    score = most_received(q, k, None, None, 1 / math.sqrt(32), None, None)
     assert score[0, 0].argmax() == 41
 
 
@@ -116,6 +129,5 @@ def test_tokens_without_a_query_of_their_own_are_not_the_first_to_go():
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, 2, 30, 8, generator=generator)
     q = torch.randn(1, 2, 20, 8, generator=generator)
-    last = torch.arange(10, 30)[None]  # the chunk's 20 queries; ten tokens were there before
-    score = most_received(q, last, k, torch.tensor([30]), k[:, :, :4] * 2, 1.0, None, None)
+    score = most_received(q, k, None, k[:, :, :4] * 2, 1.0, None, None)  # ten tokens were there before the chunk
     assert (score[..., :10] >= score[..., 10:].mean(-1, keepdim=True) - 1e-6).all()

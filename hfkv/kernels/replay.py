@@ -10,11 +10,14 @@ the second, since what a token asks for is mostly its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
 
 BLOCK = 512
@@ -23,14 +26,35 @@ AHEAD = 512
 """By how many positions queries are turned on: far enough to be behind the block, near enough to see it sharply."""
 
 SINKS = 4
-LOGIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Where sequences differ: which tokens they have, and which queries belong to them.
+
+    Attributes:
+        real: bool [batch, tokens], tokens that there are.
+        asks: bool [batch, tokens], those whose own query is there; index: int64 [batch, tokens], which one that is.
+    """
+
+    real: Tensor
+    asks: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, last: Tensor, counts: Tensor, tokens: int, queries: int) -> Asking:
+        """From the slots `last` int64 [batch, queries] of the queries, and the first `counts` int64 [batch] tokens."""
+        slot = torch.arange(tokens, device=last.device)
+        real = slot < counts[:, None]
+        index = slot - last[:, :1]
+        asks = (last[:, :1] >= 0) & (index >= 0) & (index < queries) & real
+        return cls(real, asks, index.clamp(0, queries - 1))
 
 
 def most_received(
     q: Tensor,
-    last: Tensor,
     k: Tensor,
-    counts: Tensor,
+    asking: Asking | None,
     first: Tensor | None,
     scaling: float,
     softcap: float | None,
@@ -41,52 +65,71 @@ def most_received(
     Keys whose own query is not among `q` (those of an earlier chunk) get the mean of the others if that is more.
 
     Args:
-        q: [batch, q_heads, queries, D], left-aligned; last: int64 [batch, queries], slot of each query's own token, -1
-            for none.
-        k: [batch, kv_heads, tokens, D], of which each sequence has the first `counts` int64 [batch].
+        q: [batch, q_heads, queries, D], left-aligned.
+        k: [batch, kv_heads, tokens, D].
+        asking: which of them there are; None: all, and the queries are those of the newest tokens.
         first: keys [batch, kv_heads, n, D] of the prompt's first tokens where they are not the first of `k`.
         turn: (x [batch, heads, n, D], positions int64 [1]) -> x turned on by RoPE; None: the model has none.
     """
     batch, heads, tokens = k.shape[:3]
-    groups = q.shape[1] // heads
-    ahead = torch.tensor([AHEAD], device=q.device)
-    slot = torch.arange(tokens, device=k.device)
-    real = slot < counts[:, None]  # [batch, tokens]
+    q = q.unflatten(1, (heads, -1))  # [batch, heads, groups, queries, D]
+    keys = _turned_back(k, scaling, turn)
+    sinks = None if first is None else _turned_back(first, scaling, turn)
     best = torch.zeros(batch, heads, tokens, device=k.device)
-    own = 0 if first is not None else min(SINKS, tokens)  # sinks among `k`
-    index = slot - last[:, :1]  # [batch, tokens], the query that belongs to a slot
-    asks = (last[:, :1] >= 0) & (index >= 0) & (index < q.shape[2]) & real
-    index = index.clamp(0, q.shape[2] - 1)
+    own = 0 if sinks is not None else min(SINKS, tokens)  # sinks among `k`
+    before = tokens - q.shape[3]  # tokens without a query, where all sequences are alike
     for start in range(0, tokens, BLOCK):
-        stop = min(start + BLOCK, tokens)
-        block = q.take_along_dim(index[:, None, start:stop, None], 2)
-        block = block.float() if turn is None else turn(block, ahead)
-        begin, end = max(start, own), min(stop + OVERLAP, tokens)
-        sinks = k[:, :, :own] if first is None else first
-        keys = torch.cat([sinks.float(), k[:, :, begin:end].float()], 2).flatten(0, 1)
-        there = torch.cat([real.new_ones(batch, sinks.shape[2]), real[:, begin:end]], 1)
-        if first is None:
-            there[:, :own] = real[:, :own]
-        received = _most(block, keys, there, asks[:, start:stop], heads, groups, scaling, softcap)
-        best[:, :, begin:end] = torch.maximum(best[:, :, begin:end], received[..., sinks.shape[2] :])
+        begin, end = max(start, own), min(start + BLOCK + OVERLAP, tokens)
+        block = torch.cat([keys[:, :, :own] if sinks is None else sinks, keys[:, :, begin:end]], 2)
+        slots = slice(start if asking is not None else max(start, before), min(start + BLOCK, tokens))
+        if slots.start >= slots.stop:
+            continue
+        if asking is None:
+            received = _most(q[:, :, :, slots.start - before : slots.stop - before], block, None, None, softcap)
+        else:
+            queries = q.take_along_dim(asking.index[:, None, None, slots, None], 3)
+            ahead = asking.real.new_ones(batch, block.shape[2] - (end - begin))
+            there = torch.cat([asking.real[:, :own] if own else ahead, asking.real[:, begin:end]], 1)
+            received = _most(queries, block, there, asking.asks[:, slots], softcap)
+        best[:, :, begin:end] = torch.maximum(best[:, :, begin:end], received[..., block.shape[2] - (end - begin) :])
         if own:
             best[:, :, :own] = torch.maximum(best[:, :, :own], received[..., :own])
+    if asking is None:
+        mean = best[..., before:].mean(2, keepdim=True)
+        best[..., :before] = torch.maximum(best[..., :before], mean)
+        return best
+    asks = asking.asks
     mean = (best * asks[:, None]).sum(2, keepdim=True) / asks.sum(1)[:, None, None].clamp_min(1)
     return torch.where(asks[:, None], best, torch.maximum(best, mean))
 
 
-def _most(
-    q: Tensor, keys: Tensor, there: Tensor, asks: Tensor, heads: int, groups: int, scaling: float, softcap: float | None
-) -> Tensor:
-    """[batch, heads, keys]: q [batch, q_heads, n, D], keys [rows, keys, D], there [batch, keys], asks [batch, n]."""
-    rows = q.reshape(keys.shape[0], groups * q.shape[2], -1) * scaling
-    received = keys.new_zeros(keys.shape[0], keys.shape[1])
-    hidden = ~there.repeat_interleave(heads, 0)[:, None]
-    silent = ~asks.repeat_interleave(heads, 0).repeat(1, groups)[..., None]
-    step = max(1, LOGIT_BYTES // max(1, 4 * rows.shape[1] * keys.shape[1]))
-    for a in range(0, keys.shape[0], step):
-        part = slice(a, a + step)
-        logits = cap(torch.bmm(rows[part], keys[part].transpose(1, 2)), softcap)
-        p = logits.masked_fill_(hidden[part], float("-inf")).softmax(-1)
-        received[part] = p.masked_fill_(silent[part], 0.0).nan_to_num_(0.0).amax(1)
+def _turned_back(k: Tensor, scaling: float, turn: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+    """Scaled keys, float32, as queries see them that have been turned on: fewer heads to turn than queries have."""
+    k = k.float() if turn is None else turn(k, torch.tensor([-AHEAD], device=k.device))
+    return k * scaling
+
+
+def _most(q: Tensor, keys: Tensor, there: Tensor | None, asks: Tensor | None, softcap: float | None) -> Tensor:
+    """The largest probability of each key, [batch, heads, keys].
+
+    Args:
+        q: [batch, heads, groups, n, D]; keys: [batch, heads, keys, D].
+        there: bool [batch, keys], keys that there are; asks: bool [batch, n], queries that there are; None for all.
+    """
+    heads, groups, count = keys.shape[1], q.shape[2], keys.shape[2]
+    queries, keys = q.float().flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+    received = keys.new_zeros(keys.shape[0], count)
+    hidden = None if there is None else ~there.repeat_interleave(heads, 0)[:, None]
+    silent = None if asks is None else ~asks.repeat_interleave(heads, 0).repeat(1, groups)[..., None]
+    most = logits_at_once(q.device, count)
+    rows, each = max(1, most // max(1, queries.shape[1])), max(1, min(most, queries.shape[1]))
+    for a, b in itertools.product(range(0, queries.shape[0], rows), range(0, queries.shape[1], each)):
+        some, part = slice(a, a + rows), slice(b, b + each)
+        logits = cap(torch.bmm(queries[some, part], keys[some]), softcap)
+        if hidden is not None:
+            logits = logits.masked_fill_(hidden[some], float("-inf"))
+        p = logits.softmax(-1)
+        if silent is not None:
+            p = p.masked_fill_(silent[some, part], 0.0).nan_to_num_(0.0)
+        received[some] = torch.maximum(received[some], p.amax(1))
     return received.unflatten(0, (-1, heads))

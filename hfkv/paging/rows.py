@@ -146,6 +146,9 @@ class PackedRows:
         layout, counts = self.layouts[tier], self.page_counts(tier)
         width = int(counts.max()) if self.rows else 0
         parts: dict[str, Tensor] = {}
+        if not width:
+            none = torch.zeros(self.rows, 0, dtype=torch.bool, device=self.pool.device)
+            return none, {name: none.to(layout.dtype_of(name)) for name in names}
         if names:
             ids, row, index = self.table.pages(tier, counts)
             start, stop = (pick(layout.fields[name][end] for name in names) for end, pick in enumerate((min, max)))
@@ -258,12 +261,10 @@ class PackedRows:
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
         self.note_mean(incoming)
+        chosen = [incoming.chosen(entering) for entering in plan.entering]
         if self.tiers == 2:
-            check_codable(self.layouts[1], self.basis, *incoming.chosen(plan.entering[0])[:3])
-        return [
-            pack_tokens(layout, self.basis, *incoming.chosen(entering))
-            for layout, entering in zip(self.layouts, plan.entering, strict=True)
-        ]
+            check_codable(self.layouts[1], self.basis, *chosen[0][:3])
+        return [pack_tokens(layout, self.basis, *own) for layout, own in zip(self.layouts, chosen, strict=True)]
 
     def note_mean(self, incoming: Incoming, look: bool = True) -> None:
         """Fix the mean key of every row at the first tokens that it packs; `look` whether there are such rows."""
