@@ -208,7 +208,7 @@ def _arguments() -> argparse.Namespace:
         "--caches", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="NAME", help="only these"
     )
     parser.add_argument("--no-peaks", action="store_true", help="keep the prompt's peak memory as the table has it")
-    parser.add_argument("--prompt-repeats", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--prompt-repeats", type=int, default=5, help="prompts per cache and length")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak-of", choices=list(KINDS), help=argparse.SUPPRESS)
     return parser.parse_args()
