@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import aot_packs
 import torch
-from aot_launches import Build, chunk, counted, elected, flush, observed, prompt
+from aot_launches import Build, chunk, counted, elected, flush, observed, prompt, replayed
 
 from hfkv.config import Tier
 from hfkv.kernels.triton import decode_kernels
@@ -158,7 +158,7 @@ def guarding() -> Iterator[Build]:
     yield from observed(90)
     yield from chunk(90)
     yield from prompt(90)
-    yield from (build for build in chunk(80) if build.name.startswith("attend_pages"))
+    yield from replayed(90)
     yield from elected(90)
     yield from counted(90)
     yield from aot_packs.guarding()
@@ -186,6 +186,11 @@ def further() -> Iterator[Build]:
     for arch in (80, 100, 120):
         yield from counted(arch)
     yield from prompt(80)
+    for arch in (80, 89, 100, 120):
+        yield from replayed(arch)
+    for dim, dtype in ((64, torch.float32), (64, torch.bfloat16), (256, torch.bfloat16), (256, torch.float32)):
+        yield from replayed(90, dim, dtype)
+    yield from replayed(90, softcap=30.0, stored=True)
     for arch in (80, 120):
         yield from flush(arch)
         yield from observed(arch)

@@ -25,6 +25,7 @@ from hfkv.kernels.triton import (
     observe,
     prompt_attention,
     quantize_pack,
+    replay,
     tiles,
 )
 from hfkv.packing import Packed
@@ -101,7 +102,7 @@ def launched(case: str, arch: int, run: Callable[[], Any]) -> Iterator[Build]:
     calls: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     with ExitStack() as stack:
         stack.enter_context(patch.object(tiles, "major", lambda device: arch // 10))
-        for module in (append, chunk_attention, compaction, kvcrush, observe, prompt_attention, quantize_pack):
+        for module in (append, chunk_attention, compaction, kvcrush, observe, prompt_attention, quantize_pack, replay):
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.enter_context(patch.object(module, name, Recorder(value, calls)))
@@ -198,6 +199,16 @@ def elected(arch: int, heads: int = 32) -> Iterator[Build]:
         kvcrush.elect(there[:, 0], distance, _longs(batch), heads)
 
     yield from launched(f"H{heads}", arch, run)
+
+
+def replayed(
+    arch: int, dim: int = 128, dtype: torch.dtype = torch.bfloat16, softcap: float | None = None, stored: bool = False
+) -> Iterator[Build]:
+    """Replay of a prompt; `stored`: behind an earlier chunk whose first tokens are packed."""
+    q = torch.zeros(1, 4 * HEADS, TOKENS, dim, dtype=dtype)
+    k, first = q[:, :HEADS].contiguous(), torch.zeros(1, HEADS, 4, dim) if stored else None
+    name = " ".join([f"D{dim}", *["stored"] * stored, *_extras(dtype, softcap, False)])
+    yield from launched(name, arch, lambda: replay.most_received(q, k, None, first, 1.0, softcap, None))
 
 
 def view(dim: int, dtype: torch.dtype) -> tiles.Pages:

@@ -16,7 +16,7 @@ from hfkv.backends.plain import Kernels
 from hfkv.fill import newest_last
 from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
-from hfkv.kernels.replay import Asking, most_received
+from hfkv.kernels.replay import Asking
 from hfkv.observe import kept_queries, newest_queries
 from hfkv.paging.rows import PackedRows
 from hfkv.window import Sequences
@@ -206,8 +206,8 @@ class LayerMaterial:
         fill, heads, rotary = self._sequences.fill, self._sequences.k.shape[1], self._call.rotary
         k, prompt = self._sequences.k, self._prompt
         alike = self._valid is None and fill.uniform == k.shape[2]
-        asking = None if alike else Asking.of(prompt.last, fill.counts, k.shape[2], prompt.q.shape[2])
-        received = most_received(
+        asking = None if alike else Asking(fill.counts, prompt.last[:, 0])
+        received = self.kernels.most_received(
             prompt.q,
             k,
             asking,

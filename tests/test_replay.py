@@ -85,7 +85,7 @@ def test_the_formula(groups, monkeypatch):
     counts = torch.tensor([21, 13])
     slot = torch.arange(21)
     last = torch.where(slot < counts[:, None], slot, -1)
-    got = most_received(q, k, Asking.of(last, counts, 21, 21), None, 0.5, None, None)
+    got = most_received(q, k, Asking(counts, last[:, 0]), None, 0.5, None, None)
     want = naive(q, k, 0.5, counts.tolist(), 8, 3, replay.SINKS)
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[1, :, :13], want[1, :, :13])
@@ -95,7 +95,7 @@ def test_few_logits_at_a_time_give_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(5)
     k, q = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (2, 4))
     last = torch.arange(40).expand(2, -1)
-    terms = (q, k, Asking.of(last, torch.tensor([40, 31]), 40, 40), None, 1.0, 3.0, None)
+    terms = (q, k, Asking(torch.tensor([40, 31]), last[:, 0]), None, 1.0, 3.0, None)
     whole = most_received(*terms)
     for most in (1, 4 * 40 * 50, 4 * 40 * 200):  # a query, 50 of a row's 80, two rows
         monkeypatch.setattr("hfkv.kernels.at_once.CACHE_BYTES", most)
@@ -110,7 +110,7 @@ def test_sequences_that_are_alike_need_no_masks(queries, behind, monkeypatch):
     k, q = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((2, 40), (6, queries)))
     last = torch.arange(40 - queries, 40).expand(2, -1)
     first = torch.randn(2, 2, 4, 8, generator=generator) if behind else None
-    masked = most_received(q, k, Asking.of(last, torch.tensor([40, 40]), 40, queries), first, 0.3, None, None)
+    masked = most_received(q, k, Asking(torch.tensor([40, 40]), last[:, 0]), first, 0.3, None, None)
     torch.testing.assert_close(most_received(q, k, None, first, 0.3, None, None), masked)
 
 

@@ -21,6 +21,7 @@ from hfkv.kernels.triton import (
     kvcrush,
     observe,
     prompt_attention,
+    replay,
 )
 from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.quantize_pack import TierPages
@@ -180,6 +181,7 @@ class FusedKernels:
         return incoming
 
     apply = staticmethod(apply_on_device)
+    most_received = staticmethod(replay.most_received)
     crush_distances = staticmethod(kvcrush.crush_distances)
     elect = staticmethod(kvcrush.elect)
 

@@ -14,6 +14,7 @@ from hfkv.handle import Chunk
 from hfkv.kernels import kvcrush
 from hfkv.kernels.append import append_step, begin_step
 from hfkv.kernels.decode_attention import WorkList
+from hfkv.kernels.replay import Asking, most_received
 from hfkv.observe import observe_chunk, observe_stored
 from hfkv.paging.compaction import Compaction
 from hfkv.paging.packed import PackedLayer
@@ -127,6 +128,19 @@ class Kernels(Protocol):
         """Do what was planned; the pool must have room for it."""
         ...
 
+    def most_received(
+        self,
+        q: Tensor,
+        k: Tensor,
+        asking: Asking | None,
+        first: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        turn: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Replay: the most attention that each key of a prompt gets; see `hfkv.kernels.replay`."""
+        ...
+
     def crush_distances(self, received: Tensor, exists: Tensor, anchor: Tensor | None) -> Tensor:
         """KVCrush: distance of every token's bits to the anchor; see `hfkv.kernels.kvcrush`."""
         ...
@@ -182,6 +196,7 @@ class PlainKernels:
     observe_stored = staticmethod(observe_stored)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
+    most_received = staticmethod(most_received)
     crush_distances = staticmethod(kvcrush.crush_distances)
     elect = staticmethod(kvcrush.elect)
 

@@ -33,22 +33,22 @@ class Asking:
     """Where sequences differ: which tokens they have, and which queries belong to them.
 
     Attributes:
-        real: bool [batch, tokens], tokens that there are.
-        asks: bool [batch, tokens], those whose own query is there; index: int64 [batch, tokens], which one that is.
+        counts: int64 [batch], each sequence has its first tokens.
+        first: int64 [batch], slot of the token that the first query belongs to, the others follow; -1: no query.
     """
 
-    real: Tensor
-    asks: Tensor
-    index: Tensor
+    counts: Tensor
+    first: Tensor
 
-    @classmethod
-    def of(cls, last: Tensor, counts: Tensor, tokens: int, queries: int) -> Asking:
-        """From the slots `last` int64 [batch, queries] of the queries, and the first `counts` int64 [batch] tokens."""
-        slot = torch.arange(tokens, device=last.device)
-        real = slot < counts[:, None]
-        index = slot - last[:, :1]
-        asks = (last[:, :1] >= 0) & (index >= 0) & (index < queries) & real
-        return cls(real, asks, index.clamp(0, queries - 1))
+    def real(self, tokens: int) -> Tensor:
+        """bool [batch, tokens]: tokens that there are."""
+        return torch.arange(tokens, device=self.counts.device) < self.counts[:, None]
+
+    def asks(self, tokens: int, queries: int) -> tuple[Tensor, Tensor]:
+        """Whether each token's own query is there, bool [batch, tokens], and which it is, int64, within `queries`."""
+        index = torch.arange(tokens, device=self.first.device) - self.first[:, None]
+        asks = (self.first[:, None] >= 0) & (index >= 0) & (index < queries) & self.real(tokens)
+        return asks, index.clamp(0, queries - 1)
 
 
 def most_received(
@@ -73,8 +73,10 @@ def most_received(
     """
     batch, heads, tokens = k.shape[:3]
     q = q.unflatten(1, (heads, -1))  # [batch, heads, groups, queries, D]
-    keys = _turned_back(k, scaling, turn)
-    sinks = None if first is None else _turned_back(first, scaling, turn)
+    keys = turned_back(k, turn) * scaling
+    sinks = None if first is None else turned_back(first, turn) * scaling
+    if asking is not None:
+        real, (asks, index) = asking.real(tokens), asking.asks(tokens, q.shape[3])
     best = torch.zeros(batch, heads, tokens, device=k.device)
     own = 0 if sinks is not None else min(SINKS, tokens)  # sinks among `k`
     before = tokens - q.shape[3]  # tokens without a query, where all sequences are alike
@@ -87,26 +89,32 @@ def most_received(
         if asking is None:
             received = _most(q[:, :, :, slots.start - before : slots.stop - before], block, None, None, softcap)
         else:
-            queries = q.take_along_dim(asking.index[:, None, None, slots, None], 3)
-            ahead = asking.real.new_ones(batch, block.shape[2] - (end - begin))
-            there = torch.cat([asking.real[:, :own] if own else ahead, asking.real[:, begin:end]], 1)
-            received = _most(queries, block, there, asking.asks[:, slots], softcap)
+            queries = q.take_along_dim(index[:, None, None, slots, None], 3)
+            stored = real.new_ones(batch, block.shape[2] - (end - begin))
+            there = torch.cat([real[:, :own] if own else stored, real[:, begin:end]], 1)
+            received = _most(queries, block, there, asks[:, slots], softcap)
         best[:, :, begin:end] = torch.maximum(best[:, :, begin:end], received[..., block.shape[2] - (end - begin) :])
         if own:
             best[:, :, :own] = torch.maximum(best[:, :, :own], received[..., :own])
-    if asking is None:
+    return at_least_the_mean(best, None if asking is None else asks, before)
+
+
+def at_least_the_mean(best: Tensor, asks: Tensor | None, before: int) -> Tensor:
+    """`best` [batch, heads, tokens], but for tokens without a query of their own the mean of the others if it is more.
+
+    Args:
+        asks: bool [batch, tokens], which have one; None: all but the first `before`.
+    """
+    if asks is None:
         mean = best[..., before:].mean(2, keepdim=True)
-        best[..., :before] = torch.maximum(best[..., :before], mean)
-        return best
-    asks = asking.asks
+        return torch.cat([torch.maximum(best[..., :before], mean), best[..., before:]], 2) if before else best
     mean = (best * asks[:, None]).sum(2, keepdim=True) / asks.sum(1)[:, None, None].clamp_min(1)
     return torch.where(asks[:, None], best, torch.maximum(best, mean))
 
 
-def _turned_back(k: Tensor, scaling: float, turn: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
-    """Scaled keys, float32, as queries see them that have been turned on: fewer heads to turn than queries have."""
-    k = k.float() if turn is None else turn(k, torch.tensor([-AHEAD], device=k.device))
-    return k * scaling
+def turned_back(k: Tensor, turn: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+    """Keys, float32, as queries see them that have been turned on: fewer heads to turn than queries have."""
+    return k.float() if turn is None else turn(k, torch.full((1,), -AHEAD, device=k.device))
 
 
 def _most(q: Tensor, keys: Tensor, there: Tensor | None, asks: Tensor | None, softcap: float | None) -> Tensor:
