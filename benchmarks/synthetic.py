@@ -48,7 +48,7 @@ def main() -> None:
         for key, pair in errors(stream(STREAMS[name], seed)):
             found.setdefault((name, *key), []).append(pair)
     with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
             ["stream", "key_bits", "value_bits", "rotated", "shifted", "output_error", "attention_kl", "seeds"]
         )

@@ -137,7 +137,7 @@ def table(result: Calibration) -> str:
 def write_errors(result: Calibration, path: Path) -> None:
     """The error of every coding that was measured, one row each."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["layer", "side", "bits", "high_share", "rotated", "shifted", "bound", "kl"])
         for layer, errors in result.errors.items():
             for c, kl in errors.items():
@@ -149,7 +149,7 @@ def write_errors(result: Calibration, path: Path) -> None:
 def write_choices(result: Calibration, path: Path) -> None:
     """Bytes and error of every option of every layer, where packed tiers were measured."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["layer", "tier", "high_share", "keys_rotated", "packed", "order", "page_bytes", "kl", "taken"])
         taken = {x.index: x.option for x in result.layers}
         for layer, choices in result.choices.items():

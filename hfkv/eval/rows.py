@@ -49,7 +49,7 @@ def merge_csv(path: Path, rows: list[dict[str, Any]], by: tuple[str, ...]) -> No
     table |= {tuple(str(row[column]) for column in by): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
 
