@@ -82,7 +82,7 @@ def prompt_forward(
     here = query < queries
     feature = tl.arange(0, DB)
     first = q + batch * stride_qb + head * GROUPS * stride_qh
-    at = group * stride_qh + query.to(tl.int64) * stride_qt
+    at = group.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt
     rows = tl.load(first + at[:, None] + feature[None, :], mask=here[:, None] & (feature < D)[None, :], other=0.0)
     low, high = 0, tokens
     if PADDED:
