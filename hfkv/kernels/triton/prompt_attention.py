@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfkv.kernels.triton import tiles
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.tiles import LOG2E
 
 
@@ -146,6 +147,7 @@ def prompt_forward(
         tl.store(lse + (batch * heads * GROUPS + head * GROUPS + group) * queries + query, total, mask=here)
 
 
+@launches
 def prompt_attention(
     q: Tensor,
     k: Tensor,
