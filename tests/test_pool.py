@@ -182,6 +182,24 @@ def test_out_of_pages_changes_nothing(limit):
         assert pool.allocate(cls, torch.tensor([1])).numel() == 1
 
 
+def test_page_ids_of_32_bits_are_all_that_there_are(monkeypatch):
+    """A chunk beyond them would have the id of another, or a negative one."""
+    monkeypatch.setattr("hfkv.paging.pool.MOST_CHUNKS", 5)
+    pool = PagePool("cpu")
+    cls = pool.class_of(LAYOUTS[0])
+    pool.reserve({cls: 1})
+    each = pool._classes[cls].per_chunk
+    pool.reserve({cls: 4 * each}, slack=10.0)
+    size, free = pool.physical_bytes, pool._classes[cls].free
+    assert pool.memory_bytes == 5 * pool.chunk_bytes
+    with pytest.raises(OutOfPages, match=r"32 bits number 5 chunks: nothing was changed"):
+        pool.reserve({cls: 5 * each + 1})
+    assert (pool.physical_bytes, pool._classes[cls].free) == (size, free)
+    pool.reserve({cls: 5 * each})
+    ids = pool.allocate(cls, torch.tensor([5 * each]))
+    assert (ids >> SLOT_BITS).unique().tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("tokens", [32, 64])
 def test_chunks_waste_little(dim, tokens):

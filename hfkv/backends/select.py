@@ -17,6 +17,7 @@ from packaging.version import Version
 
 from hfkv.backends.compiled import CompiledKernels, require_compiler
 from hfkv.backends.plain import Kernels, PlainKernels
+from hfkv.kernels.shared_memory import page_room, shared_room
 from hfkv.quant import PageLayout
 
 logger = logging.getLogger("hfkv")
@@ -74,7 +75,19 @@ def _obstacle(device: torch.device, layouts: list[PageLayout], dtype: torch.dtyp
             return f"a head_dim of {max(layout.key.dim, layout.value.dim)} is beyond {LARGEST_DIM}"
         if layout.tokens < 16 or layout.tokens & (layout.tokens - 1):
             return f"pages of {layout.tokens} tokens: the kernels need a power of two from 16 on"
-    return None
+    return None if device.type == "cpu" else _too_large(device, layouts, dtype)
+
+
+def _too_large(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype) -> str | None:
+    """Why pages do not fit into shared memory, or None."""
+    needed, room = page_room(layouts, dtype), shared_room(device)
+    if needed <= room:
+        return None
+    dim, tokens = max(layouts[0].key.dim, layouts[0].value.dim), layouts[0].tokens
+    return (
+        f"a page of {tokens} tokens with a head_dim of {dim} in {dtype} takes {needed:,} bytes of shared memory, and "
+        f"the GPU has {room:,}"
+    )
 
 
 def _interpreted() -> bool:

@@ -24,6 +24,8 @@ MIN_PAGES = 8
 CHUNK_GRANULE = 1 << 10
 STRETCH = 1.25
 """Pages between the first and the last that are read from an arena together, per page that lies there."""
+MOST_CHUNKS = 1 << (31 - SLOT_BITS)
+"""Page ids are int32."""
 ALIGNMENT = 16
 """Chunks and pages begin at multiples of 16 bytes, which one load of a kernel takes."""
 
@@ -441,9 +443,15 @@ class PagePool:
                     f"max_bytes leaves the page pool {self.max_bytes:,}: nothing was changed; raise "
                     "LeanKVConfig.max_bytes, prune more, or reset() the cache"
                 )
+        numbers = MOST_CHUNKS - len(self._owner) + len(self._unborn)
+        if numbers < chunks:
+            raise OutOfPages(
+                f"{chunks:,} chunks of {self.chunk_bytes:,} bytes are needed beside the {self.memory_bytes:,} bytes "
+                f"held, but page ids of 32 bits number {MOST_CHUNKS:,} chunks: nothing was changed; chunks are as "
+                "large as a cache's first prompt asks for, so begin a new cache with its longest one"
+            )
         chunks = max(chunks, int(slack * self.memory_bytes / self.chunk_bytes))
-        if room is not None:
-            chunks = min(chunks, room)
+        chunks = min(chunks, numbers if room is None else min(numbers, room))
         number = max(self._arenas, default=-1) + 1
         memory = torch.zeros(chunks * self.chunk_bytes // WORD, dtype=torch.int64, device=self.device)
         arena = self._arenas[number] = _Arena(memory)

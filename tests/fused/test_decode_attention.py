@@ -10,8 +10,10 @@ from oracle import dequantised, make_layer, poison, relative_rms
 from hfkv import attend
 from hfkv.attend import Call, Past
 from hfkv.fill import Fill
+from hfkv.kernels.shared_memory import page_room
+from hfkv.kernels.triton import decode_attention
 from hfkv.kernels.triton.decode_attention import attend_step, plan_step
-from hfkv.kernels.triton.work import StepPlan, Workspace
+from hfkv.kernels.triton.work import StepPlan, Workspace, pages_at_once
 from hfkv.quant import Codec, PageLayout
 from hfkv.window import Window
 
@@ -137,6 +139,36 @@ def test_a_step_that_does_not_fit_its_plan_is_refused():
     plan = plan_step(layer, past.window, 2, Workspace.on("cpu"))
     with pytest.raises(ValueError, match="plan it anew"):
         attend_step(past, make_queries(past, 4, 1, torch.float32), Call(1.0, None, None), plan)
+
+
+ROOMS = [
+    # tiers, D, dtype, shared memory of two pages at once in KiB as compiled, and of one
+    ((EXACT,), 128, torch.bfloat16, 64, 32),
+    ((EXACT,), 256, torch.bfloat16, 128, 64),
+    ((EXACT,), 128, torch.float32, 136, 68),
+    ((EXACT,), 256, torch.float32, 272, 136),
+    ((K8V4, K4V2), 256, torch.float32, 144, 72),
+]
+
+
+@pytest.mark.parametrize("tiers, dim, dtype, two, one", ROOMS, ids=str)
+def test_pages_are_read_together_where_shared_memory_holds_them(tiers, dim, dtype, two, one):
+    layouts = tuple(PageLayout.of(tier, (dim, dim), dtype, "fitted", 64, True) for tier in tiers)
+    room = page_room(layouts, dtype)
+    assert room == one * 1024
+    assert pages_at_once(layouts, dtype, int(two * 1024)) == 2
+    assert pages_at_once(layouts, dtype, int(two * 1024) - 1) == 1
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "fp16"])
+def test_one_page_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(decode_attention, "shared_room", lambda device: 1)
+    layer, _, _ = make_layer([(100, 200), (33, 0)], (K8V4, K4V2), 32, 32, 32, dtype=dtype)
+    past = make_past(layer, 2, [9], 16, 32, dtype)
+    q, call = make_queries(past, 3, 1, dtype), Call(0.2, None, None)
+    plan = plan_step(layer, past.window, 3, Workspace.on("cpu"))
+    assert plan.warps == 1
+    assert relative_rms(attend_step(past, q, call, plan), reference(past, q, call)) < BOUNDS[dtype]
 
 
 LENGTHS = {

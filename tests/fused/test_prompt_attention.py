@@ -1,5 +1,7 @@
 """The prompt kernel against its twin: softcap, sinks, padding, a window in front, log-sum-exp."""
 
+import mmap
+
 import pytest
 import torch
 from oracle import relative_rms
@@ -100,3 +102,14 @@ def test_a_window_in_front():
     assert relative_rms(out, want) < EXACT
     total = total_of(q, both_k, torch.zeros(mask.shape).masked_fill(~mask, float("-inf")), 0.2, 4.0, column)
     assert relative_rms(lse, total) < EXACT
+
+
+def test_heads_further_apart_than_32_bits_count():
+    """A million tokens of 16 heads, one head behind the other; what a wrapped offset would find is there, and wrong."""
+    q, k, v, _ = tensors(1, 1, 3, 2, 4, 16, 16, torch.float16)
+    stride, before = 1 << 30, 1 << 31
+    reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # no memory but what is touched
+    memory = mmap.mmap(-1, 2 * (before + 3 * stride), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve)
+    apart = torch.frombuffer(memory, dtype=torch.float16).as_strided(q.shape, (3 * stride, stride, 16, 1), before)
+    apart.copy_(q)
+    assert torch.equal(prompt_attention(apart, k, v, True, 0.2)[0], prompt_attention(q, k, v, True, 0.2)[0])

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.window import KEPT_QUERIES
 
 
@@ -71,6 +72,7 @@ def append_tokens(
                 tl.store(queries_ptr + at * D + d, q, mask=d < D)
 
 
+@launches
 def begin_step(counts: Tensor, kept: Tensor | None, every: int, most: int) -> None:
     """See `hfkv.kernels.append.begin_step`."""
     batch = counts.numel()
@@ -88,6 +90,7 @@ def _numbers(device: torch.device) -> Tensor:
     return torch.arange(-2, KEPT_QUERIES, device=device)
 
 
+@launches
 def append_step(
     k: Tensor,
     v: Tensor,

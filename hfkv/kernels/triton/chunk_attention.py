@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hfkv.kernels.triton import tiles
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.prompt_attention import prompt_attention
 from hfkv.kernels.triton.tiles import LOG2E, PROGRAMS, Pages, section
 
@@ -137,6 +138,7 @@ def join_forward(
     tl.store(lse + at, total, mask=here)
 
 
+@launches
 def attend_chunk(
     pages: Pages,
     basis: Basis,
@@ -189,6 +191,7 @@ def attend_chunk(
     return out, lse.view(groups) if with_lse else None
 
 
+@launches
 def attend_pages(
     pages: Pages, q: Tensor, constant: Tensor | None, scaling: float, softcap: float | None, half: bool
 ) -> tuple[Tensor, Tensor]:

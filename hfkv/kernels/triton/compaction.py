@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.triton.constants import AFFINE, DTYPES, EXACT, LARGEST_HALF, MINMAX, SLOT_BITS, SLOT_MASK
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.quantize_pack import (
     TierPages,
     byte_offset,
@@ -359,6 +360,7 @@ def recode_kernel(
 # ---- launches ----------------------------------------------------------------------------------------------------
 
 
+@launches
 def write_scores(pages: TierPages, lengths: Tensor, scores: Tensor) -> None:
     """New scores float32 [rows, slots] into the filled slots; lengths int32 [rows, 2]."""
     rows, slots = scores.shape
@@ -369,6 +371,7 @@ def write_scores(pages: TierPages, lengths: Tensor, scores: Tensor) -> None:
         )  # fmt: skip
 
 
+@launches
 def read_scores(pages: TierPages, lengths: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Scores float32 and births int64 [rows, slots], 0 in free slots; `slots` is a multiple of the page's tokens."""
     rows = lengths.shape[0]
@@ -382,6 +385,7 @@ def read_scores(pages: TierPages, lengths: Tensor, slots: int) -> tuple[Tensor, 
     return scores, births
 
 
+@launches
 def move_tokens(pages: TierPages, sources: Tensor) -> None:
     """Copy tokens inside their rows: sources int32 [rows, slots], from `hole_sources`."""
     layout, (rows, slots) = pages.layout, sources.shape
@@ -398,6 +402,7 @@ def move_tokens(pages: TierPages, sources: Tensor) -> None:
     )  # fmt: skip
 
 
+@launches
 def clear_slots(pages: TierPages, kept: Tensor, counts: Tensor, needed: Tensor, most: int) -> None:
     """Zero what free slots must not hold: behind `kept` in pages that stay, everything in pages that go.
 
@@ -419,6 +424,7 @@ def clear_slots(pages: TierPages, kept: Tensor, counts: Tensor, needed: Tensor, 
     )  # fmt: skip
 
 
+@launches
 def copy_pages(
     old: TierPages, new: Tensor, copied: Tensor, extra: Tensor, ring: Tensor, pointers: Tensor, used: Tensor
 ) -> None:
@@ -439,6 +445,7 @@ def copy_pages(
     pointers[0] += total[-1]
 
 
+@launches
 def exchange_pages(
     tier: int, old: Tensor, new: Tensor, counts: Tensor, needed: Tensor, ring: Tensor, pointers: Tensor, used: Tensor
 ) -> None:
@@ -462,6 +469,7 @@ def exchange_pages(
         pointers[end] += total[-1]
 
 
+@launches
 def recode_tokens(old: TierPages, new: TierPages, slots_of: Tensor, flags: Tensor) -> None:
     """Take tokens of tier 0 over into tier 1: unpack, quantise, pack.
 

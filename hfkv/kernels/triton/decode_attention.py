@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 
 from hfkv.attend import Call, Past
+from hfkv.kernels.shared_memory import shared_room
 from hfkv.kernels.triton import decode_kernels as kernels
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.pages import pages_of
 from hfkv.kernels.triton.tiles import Pages
-from hfkv.kernels.triton.work import COLUMNS, StepPlan, Workspace, programs_on, row_entries, stages_of
+from hfkv.kernels.triton.work import (
+    COLUMNS,
+    StepPlan,
+    Workspace,
+    pages_at_once,
+    programs_on,
+    row_entries,
+    stages_of,
+)
 from hfkv.paging.packed import PackedLayer
 from hfkv.window import Window
 
@@ -46,11 +56,13 @@ def plan_step(
         device=device,
         space=space,
         programs=programs_on(device) if programs is None else programs,
+        warps=pages_at_once(tuple(packed.layouts), window.k.dtype, shared_room(device)),
     )
     plan.refresh(packed.table.lengths)
     return plan
 
 
+@launches
 def attend_step(
     past: Past,
     q: Tensor,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hfkv.kernels.kvcrush import majority, medians
+from hfkv.kernels.triton.launch import launches
 
 BLOCK = 128
 
@@ -74,6 +75,7 @@ def elect_kernel(among, distance, seats, chosen, T, BLOCK: tl.constexpr, LEVELS:
         start += tl.sum(one, 0)
 
 
+@launches
 def crush_distances(received: Tensor, exists: Tensor, anchor: Tensor | None) -> Tensor:
     """See `hfkv.kernels.kvcrush.crush_distances`; int32."""
     batch, heads, tokens = received.shape
@@ -91,6 +93,7 @@ def crush_distances(received: Tensor, exists: Tensor, anchor: Tensor | None) -> 
     return distance
 
 
+@launches
 def elect(among: Tensor, distance: Tensor, seats: Tensor, most: int) -> Tensor:
     """See `hfkv.kernels.kvcrush.elect`.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hfkv.kernels.triton import tiles
 from hfkv.kernels.triton.constants import LARGEST_HALF, power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.tiles import LOG2E, Pages, section
 
 TILE_ROWS = 64
@@ -304,6 +305,7 @@ def observe_scores(
             tl.store(out + row64 * exact + slot, tl.where(seen_by > 0, score, 1.0), mask=slot < exact)
 
 
+@launches
 def observe_exact(
     q: Tensor,
     k: Tensor,
@@ -336,6 +338,7 @@ def observe_exact(
     return out
 
 
+@launches
 def observe_pages(
     q: Tensor,
     rotated: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfkv.kernels.sealing import PACKS, meta_bytes, pack_format, pack_words
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.tiles import side_constants, vectors
 from hfkv.packing import BLOCK, HEAD, PACK, REPACKS, WORD, PackedSide
 from hfkv.packing import RAW as RAW_FLAG
@@ -235,6 +236,7 @@ def seal_constants(layout: PageLayout) -> dict[str, Any]:
     }
 
 
+@launches
 def seal(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
     """Pack full pages uint8 [n, page_bytes]; see `hfkv.kernels.sealing.seal`."""
     count = pages.shape[0]

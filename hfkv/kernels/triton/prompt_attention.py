@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfkv.kernels.triton import tiles
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.tiles import LOG2E
 
 
@@ -82,7 +83,7 @@ def prompt_forward(
     here = query < queries
     feature = tl.arange(0, DB)
     first = q + batch * stride_qb + head * GROUPS * stride_qh
-    at = group * stride_qh + query.to(tl.int64) * stride_qt
+    at = group.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qt
     rows = tl.load(first + at[:, None] + feature[None, :], mask=here[:, None] & (feature < D)[None, :], other=0.0)
     low, high = 0, tokens
     if PADDED:
@@ -146,6 +147,7 @@ def prompt_forward(
         tl.store(lse + (batch * heads * GROUPS + head * GROUPS + group) * queries + query, total, mask=here)
 
 
+@launches
 def prompt_attention(
     q: Tensor,
     k: Tensor,

@@ -29,6 +29,7 @@ from hfkv.kernels.triton.constants import (
     SLOT_MASK,
     power_of_two,
 )
+from hfkv.kernels.triton.launch import launches
 from hfkv.quant import GAUSS_STEP, Codec, PageLayout
 
 BLOCK = 32
@@ -305,6 +306,7 @@ def pack_kernel(
                 tl.store((base + BIRTH + inside * 4).to(tl.pointer_type(tl.int32)), birth.to(tl.int32), mask=ok)
 
 
+@launches
 def pack_rows(
     pages: TierPages,
     basis: Basis,

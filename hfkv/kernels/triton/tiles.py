@@ -218,7 +218,8 @@ def _plane(bytes_, inside, feature, WIDTH: tl.constexpr, SIDE: tl.constexpr):
     """Codes uint8 of one bit plane: feature f is in byte f % rows, in its slice f // rows."""
     rows: tl.constexpr = SIDE[ROWS] * WIDTH // 8
     packed = tl.load(bytes_ + feature % rows * SIDE[ROW_STRIDE], mask=inside, other=0)
-    return (packed >> (feature // rows * WIDTH).to(tl.uint8)) & ((1 << WIDTH) - 1)
+    shift = (feature // rows * WIDTH) & 7  # features that there are not would be shifted out: undefined, not 0
+    return (packed >> shift.to(tl.uint8)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfkv.kernels.shared_memory import page_room
 from hfkv.kernels.triton.constants import power_of_two
 from hfkv.paging.mail import sent
 from hfkv.quant import PageLayout
@@ -22,7 +23,7 @@ COLUMNS = 8
 """Queries of one KV head that a program takes at once: with high and low parts, 16 rows of a matrix product."""
 
 WARPS = 2
-"""Pages that a program reads at once."""
+"""Pages that a program reads at once, where shared memory holds them."""
 
 PROGRAMS_PER_SM = {80: 6, 86: 3, 89: 3, 90: 6, 100: 5, 120: 3}
 """Programs that fit a multiprocessor: 12 warps of 168 registers, less where shared memory is scarce."""
@@ -191,6 +192,11 @@ def programs_on(device: torch.device) -> int:
         return CPU_PROGRAMS
     known = max((c for c in PROGRAMS_PER_SM if c <= capability_of(device)), default=80)
     return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM[known]
+
+
+def pages_at_once(layouts: tuple[PageLayout, ...], dtype: torch.dtype, room: int) -> int:
+    """Pages that a program reads at once, with so many bytes of shared memory."""
+    return WARPS if WARPS * page_room(layouts, dtype) <= room else 1
 
 
 def stages_of(full: bool) -> tuple[int, int]:
