@@ -19,6 +19,7 @@ from torch import Tensor
 from hfkv.kernels.replay import BLOCK, OVERLAP, SINKS, Asking, at_least_the_mean, turned_back
 from hfkv.kernels.triton import tiles
 from hfkv.kernels.triton.constants import power_of_two
+from hfkv.kernels.triton.launch import launches
 from hfkv.kernels.triton.tiles import LOG2E
 
 
@@ -102,6 +103,7 @@ def replay_kernel(
             tl.atomic_max(at, p.to(tl.int32, bitcast=True), mask=slot >= 0, sem="relaxed")
 
 
+@launches
 def most_received(
     q: Tensor,
     k: Tensor,
