@@ -41,7 +41,9 @@ def model():
 
 
 def flushed(model, backend, monkeypatch, changes):
-    """(logits behind a prompt and of steps with two flushes, cache, what every flush has read but for the mail of the one before).
+    """(logits of steps with two flushes behind a prompt, cache, what every flush has read).
+
+    The numbers of the flush before do not count, which came by mail: they are long there.
 
     Attention is the twin's on both sides: only flushes are looked at here, and the interpreter is slow.
     """

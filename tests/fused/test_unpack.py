@@ -42,7 +42,9 @@ def test_vectors_are_the_twins(tiers, dims, dtype, scheme):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    counts=st.lists(st.integers(0, 90), min_size=1, max_size=4), seed=st.integers(0, 99), tokens=st.sampled_from([16, 32])
+    counts=st.lists(st.integers(0, 90), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    tokens=st.sampled_from([16, 32]),
 )
 def test_vectors_of_ragged_rows(counts, seed, tokens):
     """Rows of any lengths, some with nothing, after a second flush that moves tokens between tiers."""
