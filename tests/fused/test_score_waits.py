@@ -24,20 +24,27 @@ CASES = {
     **{name: dict(score=name) for name in SCORES if name != "attention"},
     "snapkv and leverage": dict(score=("snapkv", "leverage")),
     "replay and coverage": dict(score=("replay", "coverage")),
+    "one's own": dict(score=lambda c: c.values.norm(dim=-1) - c.keys.norm(dim=-1)),
     "kvcrush": dict(representatives=KVCrush(0.75)),
     "kvcrush for all heads": dict(representatives=KVCrush(0.5, anchor="random", per_head=False)),
     "representatives by keydiff": dict(representatives=Representatives(0.75, "keydiff")),
     "representatives by coverage": dict(score="knorm", representatives=Representatives(0.75, "coverage")),
     "budget": dict(score="keydiff", high_share=None, keep_share=None, budget=0.9),
 }
-ASKS = ("budget",)
-"""Their policy may make any number of tokens low: every flush asks how many pages it takes."""
+ASKS = ("budget", "one's own")
+"""Any number of tokens may become low, a score of one's own may be NaN: every flush asks."""
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     return hfkv.enable(LlamaForCausalLM(LlamaConfig(**TINY, num_hidden_layers=1)).eval())
+
+
+def fresh(backend, monkeypatch, changes):
+    monkeypatch.setenv("HFKV_BACKEND", backend)
+    config = dict(window=8, flush=FLUSH, observe=4, page_tokens=32, high_share=0.1, keep_share=0.6)
+    return LeanKVCache(LeanKVConfig.preset("aggressive", **{**config, **changes}))
 
 
 def flushed(model, backend, monkeypatch, changes):
@@ -47,13 +54,10 @@ def flushed(model, backend, monkeypatch, changes):
 
     Attention is the twin's on both sides: only flushes are looked at here, and the interpreter is slow.
     """
-    monkeypatch.setenv("HFKV_BACKEND", backend)
+    cache, watch, flushes = fresh(backend, monkeypatch, changes), Watch(monkeypatch), []
     monkeypatch.setattr(FusedKernels, "view", staticmethod(PackedLayer.work))
     monkeypatch.setattr(FusedKernels, "attend_step", staticmethod(attend_step))
     monkeypatch.setattr(FusedKernels, "attend_chunk", staticmethod(attend_chunk))
-    shares = dict(high_share=0.1, keep_share=0.6)
-    config = dict(window=8, flush=FLUSH, observe=4, page_tokens=32, **{**shares, **changes})
-    cache, watch, flushes = LeanKVCache(LeanKVConfig.preset("aggressive", **config)), Watch(monkeypatch), []
     original = LeanKVCache.flush
 
     def flush(cache):
@@ -86,3 +90,16 @@ def test_flushes_wait_once_at_most_and_do_the_same(name, model, monkeypatch):
         assert torch.equal(a.packed.table.lengths, b.packed.table.lengths)
     same = (fused.token_map(0).tier == plain.token_map(0).tier).float().mean()
     assert same == 1, f"{same:.3f} of the tokens have the same tier"
+
+
+def test_a_nan_score_is_found_by_the_same_look(model, monkeypatch):
+    """Before anything has changed."""
+    own = {"score": lambda c: c.score if c.prompt else c.score / 0 * 0}
+    cache, watch = fresh("triton", monkeypatch, own), Watch(monkeypatch)
+    with torch.no_grad():
+        for part in (IDS[:, :PROMPT], IDS[:, PROMPT : PROMPT + FLUSH]):
+            model(part, past_key_values=cache)
+    before = cache.compressed[0].packed.table.lengths.clone()
+    with watch, pytest.raises(ValueError, match="returned NaN"):
+        cache.flush()
+    assert len(watch.reads) == 1 and torch.equal(cache.compressed[0].packed.table.lengths, before)
