@@ -27,6 +27,7 @@ from hfkv.kernels.triton import (
     quantize_pack,
     replay,
     tiles,
+    unpack,
 )
 from hfkv.packing import Packed
 from hfkv.quant import Codec, PageLayout
@@ -102,7 +103,10 @@ def launched(case: str, arch: int, run: Callable[[], Any]) -> Iterator[Build]:
     calls: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     with ExitStack() as stack:
         stack.enter_context(patch.object(tiles, "major", lambda device: arch // 10))
-        for module in (append, chunk_attention, compaction, kvcrush, observe, prompt_attention, quantize_pack, replay):
+        modules = (
+            append, chunk_attention, compaction, kvcrush, observe, prompt_attention, quantize_pack, replay, unpack,
+        )  # fmt: skip
+        for module in modules:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     stack.enter_context(patch.object(module, name, Recorder(value, calls)))
@@ -182,6 +186,8 @@ def flush(
         compaction.exchange_pages(0, ids, ids, counts, counts, _ints(16), _longs(2), _ints(1))
         compaction.recode_tokens(old, new, slots, flags)
         quantize_pack.pack_rows(old, basis, x, x, score, birth, slots, flags)
+        for side in ("key", "value"):
+            unpack.unpack_rows(new, lengths, basis, side, TOKENS)
 
     names = "/".join(str(t) if isinstance(t, str | Packed) else f"K{t[0]}V{t[1]}" for t in tiers)
     extras = _extras(dtype, None, False) + [codec] * (codec != "fitted") + ["plain"] * (not rotated)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SINKS = 4
 """First tokens of a prompt that take part in every block of a replay, as sinks of attention."""
 
+LAST = torch.iinfo(torch.int64).max
+"""In the place of a position: of a slot that holds no token."""
+
 FUTURE = 512
 """Positions behind the prompt over which expected attention averages, as kvpress does."""
 
@@ -96,16 +99,17 @@ class LayerMaterial:
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
     def keys(self) -> Tensor:
-        return self._joined(0, self._sequences.k)
+        return self._joined("key", self._sequences.k)
 
     def values(self) -> Tensor:
-        return self._joined(1, self._sequences.v)
+        return self._joined("value", self._sequences.v)
 
-    def _joined(self, side: int, exact: Tensor) -> Tensor:
+    def _joined(self, side: str, exact: Tensor) -> Tensor:
         fresh = exact[:, :, : self._new].float() * self._leaving[:, None, :, None]
         if not sum(self._widths):
             return fresh
-        return torch.cat([self._stored[side].unflatten(0, (-1, exact.shape[1])), fresh], 2)
+        stored = self._stored_keys if side == "key" else self._stored(side)
+        return torch.cat([stored.unflatten(0, (-1, exact.shape[1])), fresh], 2)
 
     @property
     def _leaving(self) -> Tensor:
@@ -115,10 +119,13 @@ class LayerMaterial:
         return torch.arange(self._new, device=leaving.device) < leaving[:, None]
 
     @functools.cached_property
-    def _stored(self) -> tuple[Tensor, Tensor]:
-        """Dequantised keys and values of the stored slots, [rows, slots, D and Dv]."""
-        parts = [self._packed.vectors(tier, width) for tier, width in enumerate(self._widths)]
-        return torch.cat([k for k, _ in parts], 1), torch.cat([v for _, v in parts], 1)
+    def _stored_keys(self) -> Tensor:
+        return self._stored("key")
+
+    def _stored(self, side: str) -> Tensor:
+        """Dequantised keys (`side="key"`) or values of the stored slots, [rows, slots, dim]."""
+        parts = [self.kernels.vectors(self._packed, side, tier, width) for tier, width in enumerate(self._widths)]
+        return torch.cat(parts, 1)
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +175,7 @@ class LayerMaterial:
         slots, exact = sum(self._widths), k.shape[2]
         batch, q_heads, count, _ = queries.q.shape
         rows = batch * heads
-        held = torch.cat([self._stored[0], k.flatten(0, 1).float()], 1) if slots else k.flatten(0, 1).float()
+        held = torch.cat([self._stored_keys, k.flatten(0, 1).float()], 1) if slots else k.flatten(0, 1).float()
         filled = self._filled().view(batch, heads, slots)
         total = torch.zeros(rows, q_heads // heads, slots + exact, device=self._device)
         seen_by = torch.zeros(batch, heads, slots + exact, device=self._device)
@@ -223,14 +230,11 @@ class LayerMaterial:
         """Stored keys of the prompt's first tokens, float32 [batch, kv_heads, 4, D]; None where none is stored."""
         if not sum(self._widths):
             return None
-        births = []
-        for tier, width in enumerate(self._widths):
-            filled, parts = self._packed.slots(tier, ("birth",))
-            birth = torch.where(filled, parts["birth"].long(), torch.iinfo(torch.int64).max)
-            births.append(pad(birth, (0, width - birth.shape[1]), value=torch.iinfo(birth.dtype).max))
+        stored = self.kernels.stored(self._packed, True)
+        births = [torch.where(filled, parts["birth"].long(), LAST) for filled, parts in stored]
         birth = torch.cat(births, 1)
         first = birth.topk(min(SINKS, birth.shape[1]), 1, largest=False).indices
-        keys = self._stored[0].gather(1, first[..., None].expand(-1, -1, self._sequences.k.shape[3]))
+        keys = self._stored_keys.gather(1, first[..., None].expand(-1, -1, self._sequences.k.shape[3]))
         return keys.unflatten(0, (-1, self._sequences.k.shape[1]))
 
     def reconstructed(self) -> Tensor | None:
@@ -238,8 +242,8 @@ class LayerMaterial:
         seen, fill = self._tokens.reconstruction, self._sequences.fill
         if seen is None:
             return None
-        widths = [*(packed_slots(self._tokens)), seen.shape[1]]
-        parts = list(seen.split([*widths[:-1], widths[-1] - sum(widths[:-1])], 1))
+        slots = packed_slots(self._tokens)
+        parts = seen.split([*slots, seen.shape[1] - sum(slots)], 1)
         wide = [pad(part, (0, width - part.shape[1])) for part, width in zip(parts, self._widths, strict=False)]
         wide.append(parts[-1][:, : self._new])
         return torch.cat(wide, 1).view(fill.batch, -1, sum(self._widths) + self._new) * self._lengths
@@ -263,7 +267,7 @@ class LayerMaterial:
         centred = (q - mean) * there
         cov = spread.T @ (centred.transpose(2, 3) @ centred / count) @ spread
         mean = mean @ spread
-        k = self._joined(0, self._sequences.k).repeat_interleave(q.shape[1] // heads, 1)
+        k = self.keys().repeat_interleave(q.shape[1] // heads, 1)
         scaling = self._call.scaling
         logits = (k @ mean.transpose(2, 3)).squeeze(3) * scaling + ((k @ cov) * k).sum(-1) * (scaling**2 / 2)
         stored = self._filled().view(fill.batch, heads, sum(self._widths))
@@ -273,9 +277,9 @@ class LayerMaterial:
 
 
 def packed_slots(tokens: LayerTokens) -> list[int]:
-    """Slots of a layer's longest row, per tier."""
+    """Slots of a layer's longest row at least, per tier, by what the host knows."""
     packed = tokens.packed
-    return [int(packed.page_counts(t).max()) * layout.tokens for t, layout in enumerate(packed.layouts)]
+    return [pages * layout.tokens for pages, layout in zip(packed.widest, packed.layouts, strict=False)]
 
 
 def most_given(tokens: LayerTokens, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor) -> Tensor:
@@ -291,7 +295,8 @@ def most_given(tokens: LayerTokens, q: Tensor, valid: Tensor | None, call: Call,
         silent = ~valid[:, -q.shape[2] :].repeat_interleave(heads, 0).repeat(1, lse.shape[1])
         total = total.masked_fill(silent[..., None], float("inf"))
     best = []
-    sides = [tokens.packed.vectors(tier, width)[0] for tier, width in enumerate(packed_slots(tokens))]
+    packed = tokens.packed
+    sides = [tokens.kernels.vectors(packed, "key", tier, width) for tier, width in enumerate(packed_slots(tokens))]
     for keys in [*sides, window.k[:, :, : fill.most].flatten(0, 1)]:
         most = torch.zeros(keys.shape[:2], device=keys.device)
         keys = keys.float().transpose(1, 2)

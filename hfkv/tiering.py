@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 GROUP_TOKENS = 1 << 21
 """Tokens, over all heads, that are decided upon at once: bounds a flush's temporary memory to some 200 MB."""
+
+NAN_SCORE = 8
+"""A bit of a plan's flags beside those of what cannot be coded: a score of one's own is NaN."""
 
 Stored = list[tuple[Tensor, dict[str, Tensor]]]
 """What pages hold, per tier by slot: which slots are filled, and `score` and `birth` where a policy selects."""
@@ -79,7 +82,19 @@ def code_flush(flush: Flush) -> Any:
     Raises:
         ValueError: NaN, infinity, or a scale beyond its format, in a window, where the host knows.
     """
-    return flush.layers[0].kernels.code(flush.packed, flush.plan, flush.incoming)
+    return code_planned(flush.layers[0], flush.packed, flush.plan, flush.incoming)
+
+
+def code_planned(tokens: LayerTokens, packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
+    """What `Kernels.code` makes of the incoming tokens of a plan, made for `tokens` and layers that are alike.
+
+    Raises:
+        ValueError: as of `code_flush`; or a score of one's own is NaN.
+    """
+    if plan.flags & NAN_SCORE:
+        name = tokens.config.score
+        raise ValueError(f"LeanKVConfig.score = {name!r} returned NaN: a score must be a number for every token")
+    return tokens.kernels.code(packed, plan, incoming)
 
 
 def apply_flush(flush: Flush, coded: Any) -> None:
@@ -230,6 +245,8 @@ def plan_tiers(
     if own:
         asked = [replace(c, score=_scored(tokens, c)) for tokens, c in zip(layers, asked, strict=True)]
         score = torch.cat([c.score.flatten(0, 1) for c in asked])
+        if callable(layers[0].config.score):
+            check = _with_nan(check, (score.isnan() & (current != EMPTY)).any())
         *known, incoming.score = score.split([*(part.shape[1] for part in old), fresh.shape[1]], 1)
         if rescored:
             old = [_kept_where_shared(packed, tier, *both) for tier, both in enumerate(zip(known, old, strict=True))]
@@ -275,7 +292,7 @@ def _scored(tokens: LayerTokens, c: Candidates) -> Tensor:
     """What the layer's own score says.
 
     Raises:
-        ValueError: it is not of the shape that it should have, or has NaN.
+        ValueError: it is not of the shape that it should have.
     """
     assert tokens.score is not None
     score = tokens.score(c)
@@ -285,10 +302,17 @@ def _scored(tokens: LayerTokens, c: Candidates) -> Tensor:
         raise ValueError(
             f"LeanKVConfig.score = {name!r} returned {got}: return float [batch, kv_heads, T] = {tuple(c.tier.shape)}"
         )
-    score = score.float()
-    if callable(name) and bool((score.isnan() & c.exists).any()):
-        raise ValueError(f"LeanKVConfig.score = {name!r} returned NaN: a score must be a number for every token")
-    return score
+    return score.float()
+
+
+def _with_nan(check: Callable[[list[Tensor]], Tensor] | None, found: Tensor) -> Callable[[list[Tensor]], Tensor]:
+    """A check of incoming tokens that also says whether NaN was `found`, bool, among scores: the host asks once."""
+
+    def checked(entering: list[Tensor]) -> Tensor:
+        flags = torch.zeros(1, dtype=torch.int32, device=found.device) if check is None else check(entering)
+        return flags | found.int() * NAN_SCORE
+
+    return checked
 
 
 def _ask(layers: list[LayerTokens], asked: list[Candidates]) -> Tensor:

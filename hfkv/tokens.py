@@ -25,7 +25,7 @@ from hfkv.paging.table import PageTable
 from hfkv.policy import Costs, Policy, policy_of, score_of
 from hfkv.quant import PageLayout, rotation
 from hfkv.repeats import chosen, repeated
-from hfkv.tiering import incoming_tokens, plan_tiers
+from hfkv.tiering import code_planned, incoming_tokens, plan_tiers
 from hfkv.window import KeptQueries, Sequences, Window
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class LayerTokens:
         material = LayerMaterial(self, packed, sequences, widths, incoming.valid.shape[1], call, q, valid)
         plan = plan_tiers([self], packed, incoming, stored, sequences.fill, [material], rescored=False)
         packed.count(plan, plan.numbers.tolist())
-        coded = self.kernels.code(packed, plan, incoming)
+        coded = code_planned(self, packed, plan, incoming)
         self.cache.reserve(packed.pool, [(packed, plan)])
         self.kernels.apply(packed, plan, coded)
 

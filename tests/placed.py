@@ -114,7 +114,11 @@ def held_of(cache: LeanKVCache) -> list[dict[str, Any]]:
             "window": [side[:, :, : tokens.fill.most].cpu() for side in (tokens.window.k, tokens.window.v)],
             "lengths": tokens.packed.table.lengths.cpu(),
             "counts": tokens.fill.counts.cpu(),
-            "vectors": [x.cpu() for tier, n in enumerate(packed_slots(tokens)) for x in tokens.packed.vectors(tier, n)],
+            "vectors": [
+                tokens.packed.vectors(side, tier, n).cpu()
+                for tier, n in enumerate(packed_slots(tokens))
+                for side in ("key", "value")
+            ],
         }
         for tokens in cache.compressed
     ]

@@ -26,6 +26,7 @@ from hfkv.kernels.triton import (
 from hfkv.kernels.triton.constants import power_of_two
 from hfkv.kernels.triton.quantize_pack import TierPages
 from hfkv.kernels.triton.tiles import Pages
+from hfkv.kernels.triton.unpack import unpack_rows
 from hfkv.kernels.triton.work import StepPlan, Workspace
 from hfkv.observe import SCORE_HORIZON, kept_queries, newest_queries
 from hfkv.paging.compaction import Compaction
@@ -169,6 +170,10 @@ class FusedKernels:
                 parts = {"score": score, "birth": birth}
             held.append((filled, parts))
         return held
+
+    @staticmethod
+    def vectors(packed: PackedRows, side: str, tier: int, width: int) -> Tensor:
+        return unpack_rows(_pages(packed, tier), packed.table.lengths, packed.basis, side, width)
 
     @staticmethod
     def checker(packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor] | None:

@@ -43,6 +43,7 @@ class PackKernels(FusedKernels):
     attend_chunk = staticmethod(attend_chunk)
     observe_stored = staticmethod(observe_stored)
     stored = staticmethod(PlainKernels.stored)
+    vectors = staticmethod(PlainKernels.vectors)
 
     @staticmethod
     def view(packed: PackedLayer) -> Any:

@@ -116,6 +116,10 @@ class Kernels(Protocol):
         """What pages hold, per tier by slot: which slots are filled, `score` and `birth` where a policy selects."""
         ...
 
+    def vectors(self, packed: PackedRows, side: str, tier: int, width: int) -> Tensor:
+        """What is packed in a tier, dequantised; see `PackedRows.vectors`."""
+        ...
+
     def checker(self, packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor] | None:
         """What looks at incoming tokens for `PackedRows.plan`; None: `code` does."""
         ...
@@ -194,6 +198,7 @@ class PlainKernels:
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)
+    vectors = staticmethod(PackedRows.vectors)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
     most_received = staticmethod(most_received)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.quantize_pack import Tokens
-from hfkv.quant import PageLayout
+from hfkv.quant import PageLayout, decode
 
 
 def take(layout: PageLayout, pages: Tensor, slot: Tensor) -> Tokens:
@@ -16,6 +16,18 @@ def take(layout: PageLayout, pages: Tensor, slot: Tensor) -> Tokens:
     for name in layout.meta_names:
         tokens[name] = layout.view(pages, name)[page, inside]
     return tokens
+
+
+def unpack_side(layout: PageLayout, pages: Tensor, side: str) -> Tensor:
+    """The keys (`side="key"`) or values of pages uint8 [pages, page_bytes] in the basis that they are coded in.
+
+    float32 [pages, tokens, dim]; free slots hold any numbers.
+    """
+    codec, codes = getattr(layout, side), layout.view(pages, side)
+    codes = (codes if side == "key" else codes.transpose(1, 2)).flatten(0, 1)
+    names = [name if name in layout.meta_names else None for name in (f"{side}_scale", f"{side}_zero")]
+    scale, zero = (None if name is None else layout.view(pages, name).flatten() for name in names)
+    return decode(codec, codes, scale, zero).view(-1, layout.tokens, codec.dim)
 
 
 def put(layout: PageLayout, pages: Tensor, slot: Tensor, tokens: Tokens) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfkv.kernels.compaction import pages_for, take
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, pack_tokens, unpack_tokens
+from hfkv.kernels.compaction import pages_for, unpack_side
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, pack_tokens
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
 from hfkv.paging.sharing import Copies, frozen
@@ -159,28 +159,26 @@ class PackedRows:
         slot = torch.arange(width * layout.tokens, device=self.pool.device)
         return slot < self.table.lengths[:, tier, None], parts
 
-    def vectors(self, tier: int, width: int) -> tuple[Tensor, Tensor]:
-        """What is packed in a tier, dequantised: keys [rows, width, D] and values [rows, width, Dv], as they came.
+    def vectors(self, side: str, tier: int, width: int) -> Tensor:
+        """What is packed in a tier, dequantised: keys (`side="key"`) or values [rows, width, dim], as they came.
 
         Free slots, up to the `width` slots asked for, hold zeros. Pages are read in blocks.
         """
         layout, counts = self.layouts[tier], self.page_counts(tier)
         ids, row, index = self.table.pages(tier, counts)
-        shape = (self.rows, width // layout.tokens, layout.tokens)
-        keys = torch.zeros(*shape, layout.key.dim, device=self.pool.device)
-        values = torch.zeros(*shape, layout.value.dim, device=self.pool.device)
+        codec, turned = (layout.key, self.basis.key) if side == "key" else (layout.value, self.basis.value)
+        mean = self.basis.mean if side == "key" else None
+        out = torch.zeros(self.rows, width // layout.tokens, layout.tokens, codec.dim, device=self.pool.device)
         inside = torch.arange(layout.tokens, device=self.pool.device)
         for first in range(0, ids.numel(), VECTOR_PAGES):
             part = slice(first, first + VECTOR_PAGES)
-            pages = self.pool.gather(self.classes[tier], ids[part])
-            flat = torch.arange(pages.shape[0] * layout.tokens, device=self.pool.device)
-            k, v = unpack_tokens(layout, take(layout, pages, flat))
-            if self.basis.mean is not None:
-                k = k + self.basis.mean[row[part].repeat_interleave(layout.tokens)]
+            x = unpack_side(layout, self.pool.gather(self.classes[tier], ids[part]), side)
+            if mean is not None:
+                x = x + mean[row[part], None]
+            x = x if turned is None else x @ turned.T
             filled = index[part, None] * layout.tokens + inside < self.table.lengths[row[part], tier, None]
-            keys[row[part], index[part]] = self.basis.unrotate_keys(k).view(*filled.shape, -1) * filled[..., None]
-            values[row[part], index[part]] = self.basis.unrotate_values(v).view(*filled.shape, -1) * filled[..., None]
-        return keys.flatten(1, 2), values.flatten(1, 2)
+            out[row[part], index[part]] = x * filled[..., None]
+        return out.flatten(1, 2)
 
     # ---- decide and count --------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class KVCrush:
         head = torch.arange(heads, device=received.device).expand(batch, -1)
         if self.anchor == "random":
             drawn = torch.rand(heads, generator=torch.Generator().manual_seed(self.rng_seed)) < 0.5
-            return drawn.to(received.device)[head]
+            return drawn.to(received.device, non_blocking=True)[head]
         known = {"zeros": head < 0, "ones": head >= 0, "alternating": head % 2 == 0}
         return known.get(self.anchor)
 
