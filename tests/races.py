@@ -107,7 +107,7 @@ class Races:
         return original(builder, op, ptrs, value, mask, *rest)
 
     def _note(self, ptrs, mask, kind: int, value=0) -> None:
-        data, mask, value = np.broadcast_arrays(ptrs.data, mask.data, np.asarray(value))
+        data, mask, value = np.broadcast_arrays(ptrs.data, mask.data.astype(bool), np.asarray(value))
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         at = (data[mask].astype(np.int64)[:, None] + np.arange(size)).ravel()
         bytes_ = np.ascontiguousarray(value[mask]).view(np.uint8).reshape(-1, value.itemsize)[:, :size].ravel()

@@ -17,7 +17,8 @@ from hfkv.attend import Call
 from hfkv.backends.fused import FusedKernels
 from hfkv.backends.packs import PackKernels
 from hfkv.fill import Fill
-from hfkv.kernels.triton import append, chunk_attention, kvcrush
+from hfkv.kernels.replay import Asking
+from hfkv.kernels.triton import append, chunk_attention, kvcrush, replay
 from hfkv.kernels.triton.decode_attention import attend_step, plan_step
 from hfkv.kernels.triton.packing import seal
 from hfkv.kernels.triton.tiles import Pages
@@ -117,6 +118,17 @@ def sealed(layers):
 
 
 DECODE = {"prepare_queries", "decode_items", "combine_items"}
+def replayed(layers):
+    q, k = random(1, 4, 150, 16), random(1, 2, 150, 16, seed=1)
+    asking = Asking(torch.tensor([140]), torch.tensor([0]))
+    return [replay.most_received(q, k, *terms, 0.3, None, None) for terms in ((None, None), (asking, k[:, :, :4]))]
+
+
+def read(layers):
+    layer = layers["coded"]
+    return [FusedKernels.vectors(layer, side, tier, 80) for side in ("key", "value") for tier in range(2)]
+
+
 SCENARIOS = {
     "flush": (lambda layers: second_flush(layers, "coded"), COMPACTION),
     "flush-exact": (lambda layers: second_flush(layers, "exact"), COMPACTION),
@@ -132,6 +144,8 @@ SCENARIOS = {
     "append": (stepped, {"count_step", "append_tokens"}),
     "kvcrush": (elected, {"ones_kernel", "distance_kernel", "elect_kernel"}),
     "seal": (sealed, {"seal_kernel"}),
+    "replay": (replayed, {"replay_kernel"}),
+    "vectors": (read, {"unpack_kernel"}),
 }
 
 
@@ -139,6 +153,7 @@ SCENARIOS = {
 def test_programs_in_any_order(scenario, kernels, flushed, monkeypatch):
     monkeypatch.setattr(chunk_attention, "PROGRAMS", 64)
     monkeypatch.setattr(chunk_attention, "TILES_EACH", 1)  # several parts
+    monkeypatch.setattr(replay, "BLOCK", 64)
     want = scenario(flushed)
     for order in ("reversed", "shuffled"):
         with monkeypatch.context() as patch:
