@@ -184,7 +184,6 @@ class PlainKernels:
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)
-    vectors = staticmethod(PackedRows.vectors)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
     crush_distances = staticmethod(kvcrush.crush_distances)
@@ -197,6 +196,10 @@ class PlainKernels:
     @staticmethod
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
         return [packed.slots(tier, ("score", "birth") if selects else ()) for tier in range(packed.tiers)]
+
+    @staticmethod
+    def vectors(packed: PackedRows, side: str, tier: int, width: int) -> Tensor:
+        return packed.vectors(side, tier, width)
 
     @staticmethod
     def checker(packed: PackedRows, incoming: Incoming) -> None:
