@@ -198,7 +198,6 @@ class PlainKernels:
     attend_chunk = staticmethod(attend_chunk)
     observe_chunk = staticmethod(observe_chunk)
     observe_stored = staticmethod(observe_stored)
-    vectors = staticmethod(PackedRows.vectors)
     code = staticmethod(PackedRows.code_incoming)
     apply = staticmethod(PackedRows.apply)
     most_received = staticmethod(most_received)
@@ -212,6 +211,10 @@ class PlainKernels:
     @staticmethod
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
         return [packed.slots(tier, ("score", "birth") if selects else ()) for tier in range(packed.tiers)]
+
+    @staticmethod
+    def vectors(packed: PackedRows, side: str, tier: int, width: int) -> Tensor:
+        return packed.vectors(side, tier, width)
 
     @staticmethod
     def checker(packed: PackedRows, incoming: Incoming) -> None:

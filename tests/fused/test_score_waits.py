@@ -21,9 +21,11 @@ IDS = torch.randint(1, 64, (1, 40 + 12), generator=torch.Generator().manual_seed
 PROMPT, FLUSH, STEPS = 40, 4, 3
 
 CASES = {
-    **{name: dict(score=name) for name in SCORES if name != "attention"},
+    **{
+        name: dict(score=name) for name in ("h2o", "value_attention", "knorm", "keydiff", "expected_attention", "kvzip")
+    },
     "snapkv and leverage": dict(score=("snapkv", "leverage")),
-    "replay and coverage": dict(score=("replay", "coverage")),
+    "four": dict(score=("replay", "coverage", "random", "strided")),
     "one's own": dict(score=lambda c: c.values.norm(dim=-1) - c.keys.norm(dim=-1)),
     "kvcrush": dict(representatives=KVCrush(0.75)),
     "kvcrush for all heads": dict(representatives=KVCrush(0.5, anchor="random", per_head=False)),
@@ -75,6 +77,12 @@ def flushed(model, backend, monkeypatch, changes):
         out = [model(part, past_key_values=cache).logits for part in steps]
     assert cache.report().backend == backend
     return torch.cat(out, 1), cache, flushes
+
+
+def test_every_score_is_asked():
+    given = [case.get("score", "attention") for case in CASES.values()]
+    names = [name for score in given if not callable(score) for name in ([score] if isinstance(score, str) else score)]
+    assert set(names) == set(SCORES)
 
 
 @pytest.mark.parametrize("name", CASES)
