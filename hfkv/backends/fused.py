@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_own, head_rows, says_more_than_padding
+from hfkv.backends.current import on_device_of
 from hfkv.fill import Fill
 from hfkv.handle import Chunk
 from hfkv.kernels.quantize_pack import Basis, check_flags
@@ -62,6 +63,7 @@ class FusedKernels:
     def view(packed: PackedLayer) -> Any:
         return Pages.of(packed)
 
+    @on_device_of(lambda self, chunk, *_: chunk.k)
     def attend_own(self, chunk: Chunk, q: Tensor, mask: Tensor | None, valid: Tensor | None, call: Call) -> Tensor:
         """By SDPA, whose kernels are the fastest there are, unless the call has a softcap or sinks."""
         plain = call.softcap is None and call.sinks is None
@@ -70,11 +72,13 @@ class FusedKernels:
         terms = (call.scaling, call.softcap, call.sinks)
         return prompt_attention.prompt_attention(q, chunk.k, chunk.v, True, *terms, valid)[0]
 
+    @on_device_of(lambda self, past, *_: past.window.k)
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         plan = self._plan(past, q.shape[1] // past.window.heads * q.shape[2])
         return decode_attention.attend_step(past, q, call, plan, pages=past.view)
 
     @staticmethod
+    @on_device_of(lambda k, *_: k)
     def append_one(
         k: Tensor,
         v: Tensor,
@@ -88,8 +92,8 @@ class FusedKernels:
         kept = None if slot is None else append.kept_slot(slot, k.device)
         append.append_step(k, v, q, window.k, window.v, after.counts, queries, kept)
 
-    begin_step = staticmethod(append.begin_step)
-    append_step = staticmethod(append.append_step)
+    begin_step = staticmethod(on_device_of(lambda counts, *_: counts)(append.begin_step))
+    append_step = staticmethod(on_device_of(lambda k, *_: k)(append.append_step))
 
     def still(self, past: Past, before: Any) -> StillPages:
         if before is not None and before.takes(past):
@@ -98,6 +102,7 @@ class FusedKernels:
                 return before
         return StillPages.of(past)
 
+    @on_device_of(lambda self, still, past, *_: past.window.k)
     def attend_still(self, still: StillPages, past: Past, q: Tensor, call: Call) -> Tensor:
         if still.plan is None:
             still.plan = self._plan(past, q.shape[1] // past.window.heads * q.shape[2])
@@ -119,6 +124,7 @@ class FusedKernels:
         return plan
 
     @staticmethod
+    @on_device_of(lambda past, *_: past.window.k)
     def attend_chunk(
         past: Past, chunk: Chunk, q: Tensor, valid: Tensor | None, call: Call, observed: int
     ) -> tuple[Tensor, Tensor | None]:
@@ -129,6 +135,7 @@ class FusedKernels:
         return chunk_attention.attend_chunk(*held, q, valid, *terms, with_lse=observed > 0)
 
     @staticmethod
+    @on_device_of(lambda sequences, *_: sequences.k)
     def observe_chunk(
         sequences: Sequences, q: Tensor, valid: Tensor | None, call: Call, lse: Tensor | None, count: int
     ) -> Tensor:
@@ -137,6 +144,7 @@ class FusedKernels:
         return observe.observe_exact(picked, sequences.k, last, sequences.fill.lengths, *terms, total)
 
     @staticmethod
+    @on_device_of(lambda tokens, sequences, *_: sequences.k)
     def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
         """The kernel ages scores where they lie; pages get the old ones back, since a flush may still fail."""
         packed, kept, call, fill = tokens.packed, kept_queries(tokens, sequences), tokens.call, sequences.fill
@@ -157,6 +165,7 @@ class FusedKernels:
         return window
 
     @staticmethod
+    @on_device_of(lambda packed, *_: packed.table.lengths)
     def stored(packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
         held = []
         for tier, layout in enumerate(packed.layouts):
@@ -171,7 +180,8 @@ class FusedKernels:
 
     @staticmethod
     def checker(packed: PackedRows, incoming: Incoming) -> Callable[[list[Tensor]], Tensor] | None:
-        return lambda entering: check_incoming(packed, entering, incoming)
+        check = on_device_of(lambda *_: incoming.k)(check_incoming)
+        return lambda entering: check(packed, entering, incoming)
 
     @staticmethod
     def code(packed: PackedRows, plan: Compaction, incoming: Incoming) -> Any:
@@ -179,9 +189,9 @@ class FusedKernels:
         check_flags(plan.flags)
         return incoming
 
-    apply = staticmethod(apply_on_device)
-    crush_distances = staticmethod(kvcrush.crush_distances)
-    elect = staticmethod(kvcrush.elect)
+    apply = staticmethod(on_device_of(lambda packed, *_: packed.table.lengths)(apply_on_device))
+    crush_distances = staticmethod(on_device_of(lambda received, *_: received)(kvcrush.crush_distances))
+    elect = staticmethod(on_device_of(lambda among, *_: among)(kvcrush.elect))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hfkv.attend import Call, Past, attend_chunk
+from hfkv.backends.current import on_device_of
 from hfkv.backends.fused import FusedKernels
 from hfkv.backends.plain import PlainKernels
 from hfkv.kernels.triton import decode_attention, packing
@@ -23,6 +24,13 @@ from hfkv.paging.packed import PackedLayer
 from hfkv.paging.rows import Incoming, PackedRows
 from hfkv.paging.sealed import SealingPool
 from hfkv.paging.table import PageTable
+from hfkv.quant import PageLayout
+
+
+@on_device_of(lambda layout, pages: pages)
+def seal(layout: PageLayout, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """See `hfkv.kernels.triton.packing.seal`."""
+    return packing.seal(layout, pages)
 
 
 class PackKernels(FusedKernels):
@@ -48,6 +56,7 @@ class PackKernels(FusedKernels):
     def view(packed: PackedLayer) -> Any:
         return packed.work()
 
+    @on_device_of(lambda self, past, *_: past.window.k)
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:
         packs, plan = self._step_plans(past, q.shape[1] // past.window.heads * q.shape[2])
         return decode_attention.attend_step(past, q, call, plan, packs=packs)
@@ -68,8 +77,9 @@ class PackKernels(FusedKernels):
         return packs, plan
 
     @staticmethod
+    @on_device_of(lambda packed, *_: packed.table.lengths)
     def apply(packed: PackedRows, plan: Compaction, coded: Incoming) -> None:
         """Do what was planned: tokens are coded and moved in opened pages, and full pages packed."""
         assert isinstance(packed.pool, SealingPool)
-        packed.pool.sealer = packing.seal
+        packed.pool.sealer = seal
         apply_opened(packed, plan, coded)
