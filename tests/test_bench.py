@@ -1,10 +1,13 @@
 """The benchmark on the CPU: what its rows say, that it resumes and stops in time, and how it judges."""
 
+import contextlib
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +187,25 @@ def test_what_fails_is_kept_told_and_tried_again_last(tmp_path, capsys):
     more, asked = fake_part({}, cells=5)
     assert run.measure_part("decode", more, session(), results) == 0
     assert asked == ["c4", "c0", "c2"]
+
+
+def test_a_cell_that_takes_too_long_is_broken_off(tmp_path, monkeypatch):
+    """It counts as not measured, and what runs in it cannot take the end for an error of its own."""
+
+    def measure(session, cell):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(0.05)
+
+    monkeypatch.setattr(run, "OVERTIME", 0.2)
+    session = Session(torch.device("cpu"), torch.float32, sizes_for(torch.device("cpu"), True), budget=0.5)
+    cell = Cell(decode.PART, "k8v4", Shape(8, 2, 64), 1, 512, 1)
+    results = Results(tmp_path / "bench.csv", "here", "float32")
+    part = run.Part("endless", lambda sizes, device: [cell, replace(cell, cache="k4v4")], measure)
+    assert run.measure_part("decode", part, session, results) == 0
+    assert [row["status"] for row in results.rows] == ["stopped by the budget"]
+    assert not results.finished(cell)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_the_budget_stops_between_cells(tmp_path, monkeypatch, capsys):
