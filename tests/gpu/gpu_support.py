@@ -92,7 +92,9 @@ def backend_of(name: str) -> Iterator[None]:
         yield
 
 
-def split(name: str, test: Callable[..., None], cases: Iterable[tuple]) -> dict[str, Callable[[], None]]:
+def split(
+    name: str, test: Callable[..., None], cases: Iterable[tuple], where: Callable[..., Callable[[], None]] = on_device
+) -> dict[str, Callable[[], None]]:
     """A test for every case, for a module's globals(): each is run, limited and reported on its own."""
 
     def made(case: tuple) -> Callable[[], None]:
@@ -101,9 +103,20 @@ def split(name: str, test: Callable[..., None], cases: Iterable[tuple]) -> dict[
 
         words = re.sub(r"[^0-9a-z]+", "_", " ".join(str(part).removeprefix("torch.") for part in case).lower())
         run.__name__ = f"test_{name}_{words.strip('_')}"
-        return on_device(run)
+        return where(run)
 
     return {run.__name__: run for run in map(made, cases)}
+
+
+def each(cases: Iterable, where: Callable[..., Callable[[], None]] = on_device) -> Callable:
+    """Make a test of its module for every case of a function `check_...`, see `split`."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        own = [case if isinstance(case, tuple) else (case,) for case in cases]
+        check.__globals__.update(split(check.__name__.removeprefix("check_"), check, own, where))
+        return check
+
+    return decorate
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
