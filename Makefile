@@ -70,7 +70,7 @@ bench-memory: $(VENV)/installed
 
 # Each of these ends within 9 minutes, keeps what it has, and goes on from there when it is called again.
 gpu:
-	$(MAKE) -k gpu-tests gpu-tests-torch $(GPU_PARTS:%=gpu-bench-%)
+	$(MAKE) -k gpu-tests $(GPU_PARTS:%=gpu-bench-%) gpu-tests-torch
 
 gpu-tests:
 	HFKV_TEST_SECONDS=$(GPU_SECONDS) $(PYTHON) -u tests/gpu $(GPU_TESTS)

@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from hfkv.graphs.trace import WAITS, _masks_by_index, _sizeless
 
+CHECKED = {"_linalg_check_errors", "_unique", "isin"}
+"""More operations that a GPU is waited for in, as far as a test may meet them."""
+
 READS = ("tolist", "numpy", "__array__", "cpu")
 """Methods by which the host takes numbers past the dispatcher of CPU tensors."""
 
@@ -83,7 +86,12 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, inputs = func.overloadpacket.__name__, tree_leaves((args, kwargs or {}))
-        if name in WAITS or _masks_by_index(name, inputs) or (name == "repeat_interleave" and _sizeless(inputs)):
+        if (
+            name in WAITS | CHECKED
+            or _number_by_index(name, inputs)
+            or _masks_by_index(name, inputs)
+            or (name == "repeat_interleave" and _sizeless(inputs))
+        ):
             self._note(name)
         if func._schema.is_mutable:
             self.written.append(name)
@@ -94,3 +102,9 @@ class Watch(TorchDispatchMode):
                 self.made.append(name)
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+def _number_by_index(name: str, inputs: list) -> bool:
+    """Whether a number of the host is put where indices say: it is brought to the device first, and waited for."""
+    held = [x for x in inputs if isinstance(x, Tensor)]
+    return name in ("index_put", "index_put_", "_index_put_impl_") and len(held) > 2 and held[-1].dim() == 0

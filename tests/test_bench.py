@@ -1,9 +1,13 @@
 """The benchmark on the CPU: what its rows say, that it resumes and stops in time, and how it judges."""
 
+import contextlib
 import csv
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +189,25 @@ def test_what_fails_is_kept_told_and_tried_again_last(tmp_path, capsys):
     assert asked == ["c4", "c0", "c2"]
 
 
+def test_a_cell_that_takes_too_long_is_broken_off(tmp_path, monkeypatch):
+    """It counts as not measured, and what runs in it cannot take the end for an error of its own."""
+
+    def measure(session, cell):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(0.05)
+
+    monkeypatch.setattr(run, "OVERTIME", 0.2)
+    session = Session(torch.device("cpu"), torch.float32, sizes_for(torch.device("cpu"), True), budget=0.5)
+    cell = Cell(decode.PART, "k8v4", Shape(8, 2, 64), 1, 512, 1)
+    results = Results(tmp_path / "bench.csv", "here", "float32")
+    part = run.Part("endless", lambda sizes, device: [cell, replace(cell, cache="k4v4")], measure)
+    assert run.measure_part("decode", part, session, results) == 0
+    assert [row["status"] for row in results.rows] == ["stopped by the budget"]
+    assert not results.finished(cell)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_the_budget_stops_between_cells(tmp_path, monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -361,10 +384,74 @@ def test_tables_say_what_is_missing():
 # ---- the GPU tests' own runner -----------------------------------------------------------------------------------
 
 
+def gpu_tests(folder, *wanted, **environment):
+    """(status, lines) of the runner in a folder."""
+    done = subprocess.run(
+        [sys.executable, str(folder), *wanted],
+        cwd=ROOT,
+        env={**os.environ, "HFKV_TEST_DEVICE": "cpu", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, [*done.stdout.splitlines(), *done.stderr.splitlines()]
+
+
 def test_the_gpu_tests_run_without_pytest():
     """On the CPU at small sizes; what asks CUDA itself is skipped."""
-    command = [sys.executable, "tests/gpu", "exact_steps", "test_gpu_steps"]
-    environment = {**os.environ, "HFKV_TEST_DEVICE": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "1 passed, 6 skipped, 0 failed"
+    status, lines = gpu_tests(ROOT / "tests/gpu", "float64_exact", "kernels::test_flush_k8v4", "test_gpu_steps")
+    assert status == 0 and lines[-1] == "4 passed, 21 skipped, 0 failed", lines
+
+
+SUPPORT = """
+measured = []
+def described(): return "none"
+"""
+SPOILT = """
+import os, time
+from gpu_support import measured
+
+def test_a_crash(): os.kill(os.getpid(), 11)
+def test_b_wrong():
+    print("to nobody")
+    assert sum([1]) == 2, "one is not two"
+def test_c_hang(): time.sleep(600)
+def test_d_good(): measured.append("1e-4 of 1e-3")
+"""
+
+
+def test_one_gpu_test_takes_no_other_along(tmp_path):
+    """A crash, a hang and a failure are told with what there is to know, and what comes behind is run."""
+    shutil.copy(ROOT / "tests/gpu/__main__.py", tmp_path)
+    (tmp_path / "gpu_support.py").write_text(SUPPORT)
+    (tmp_path / "test_spoilt.py").write_text(SPOILT)
+    status, lines = gpu_tests(tmp_path, HFKV_TEST_LIMIT="2")
+    text = "\n".join(lines)
+    assert status == 1 and "1 passed, 0 skipped, 3 failed" in lines, text
+    assert text.count("its process ended with status -11") == 2 and "once more with CUDA_LAUNCH_BLOCKING=1" in text
+    assert "AssertionError: one is not two" in text and "test_b_wrong: assert sum([1]) == 2" in text
+    assert "it took too long and was ended" in text and "in test_c_hang" in text
+    assert any(line.startswith("passed   test_spoilt::test_d_good") and "1e-4 of 1e-3" in line for line in lines), text
+    status, lines = gpu_tests(tmp_path, "test_d", HFKV_TEST_SECONDS="0")
+    assert status == 0 and "0 passed, 1 skipped, 0 failed" in lines, lines
+
+
+def test_a_difference_is_told_by_its_places(monkeypatch):
+    monkeypatch.setenv("HFKV_TEST_DEVICE", "cpu")
+    monkeypatch.syspath_prepend(ROOT / "tests/gpu")
+    from gpu_support import check_close, check_equal, measured
+
+    want = torch.ones(2, 3)
+    got = want.clone()
+    check_close(got, want, 1e-3, "ones")
+    assert measured == ["ones 0.0e+00 of 1e-03"]
+    got[1, 2], got[1, 1] = 3, float("nan")
+    with pytest.raises(
+        AssertionError, match=r"ones: .*nan.*2 of 6 entries.*first at \[1, 1\]: nan for 1.*1 are not fin"
+    ):
+        check_close(got, want, 1e-3, "ones")
+    with pytest.raises(
+        AssertionError, match=r"bytes: 1 of 2 entries of \(2,\) torch.int64 differ; first at \[1\]: 3 for 2"
+    ):
+        check_equal(torch.tensor([1, 3]), torch.tensor([1, 2]), "bytes")
+    with pytest.raises(AssertionError, match="shape"):
+        check_close(got, want[:1], 1e-3)

@@ -40,7 +40,7 @@ REFERENCES = (*GPU_REFERENCES, *CPU_REFERENCES)
 
 
 def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
-    """Every length, batch, shape and cache, those that the goals ask for first."""
+    """Every length, batch, shape and cache, those that the goals ask for first; what has to be compiled anew last."""
     every = [(tokens, batch) for tokens in sizes.decode_tokens for batch in sizes.decode_batches]
     points = list(dict.fromkeys([*sizes.decode_first, *every]))
     references = GPU_REFERENCES if device.type == "cuda" else CPU_REFERENCES
@@ -48,8 +48,8 @@ def cells(sizes: Sizes, device: torch.device) -> list[Cell]:
     for tokens, batch in points:
         names = [r for r in references if r != FLEX or tokens in sizes.flex_tokens]
         for shape in sizes.decode_shapes:
-            found += [Cell(PART, name, shape, 1, tokens, batch) for name in (*names, *LEAN)]
-    return found
+            found += [Cell(PART, name, shape, 1, tokens, batch) for name in (*LEAN, *names)]
+    return sorted(found, key=lambda cell: cell.cache == FLEX)
 
 
 def measure(session: Session, cell: Cell) -> list[dict[str, Any]]:

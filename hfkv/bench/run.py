@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 
 from hfkv.bench import decode, flush, generate, goals, long, packs, plots, prompt, tables
 from hfkv.bench.caches import Unavailable
-from hfkv.bench.results import NO_MEMORY, OK, Cell, Results
+from hfkv.bench.results import NO_MEMORY, OK, STOPPED, Cell, Results
 from hfkv.bench.session import Session, machine_name
 from hfkv.bench.sizes import Sizes, sizes_for
 from hfkv.bench.timing import free_memory
@@ -21,7 +24,14 @@ from hfkv.version import __version__
 
 CSV = "bench.csv"
 UNAVAILABLE, FAILED = "unavailable", "failed"
+OVERTIME = 20.0
+"""Seconds that a cell may go on for once the budget is used up; then it is broken off."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class BrokenOff(BaseException):
+    """A cell takes longer than the budget allows; not to be taken for an error by what runs in it."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,35 @@ def show(names: list[str], results: Results, out: Path, machine: str) -> None:
 def _measure_cell(part: Part, session: Session, cell: Cell) -> list[dict[str, Any]]:
     """A cell's rows; what cannot be measured becomes a row that says why."""
     try:
-        return part.measure(session, cell)
+        with _broken_off_after(session.seconds_left + OVERTIME):
+            return part.measure(session, cell)
+    except BrokenOff:
+        return [{"status": STOPPED, "note": f"it took longer than what was left and {OVERTIME:.0f} s"}]
     except torch.OutOfMemoryError as error:
         return [{"status": NO_MEMORY, "note": _first_line(error)}]
     except Unavailable as error:
         return [{"status": UNAVAILABLE, "note": str(error)}]
     except Exception as error:  # kept in the CSV, told at once, and in the exit status; the other cells go on
         return [{"status": f"{FAILED}: {type(error).__name__}", "note": _first_line(error)}]
+
+
+@contextlib.contextmanager
+def _broken_off_after(seconds: float) -> Iterator[None]:
+    """Raise BrokenOff inside once so many seconds have passed, as soon as Python runs again."""
+    if seconds == float("inf") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise BrokenOff
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _origin(session: Session) -> dict[str, Any]:

@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 COLD_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
-"""Bytes written before every repeat, so that nothing measured lies in a cache: several times an L2."""
+"""Bytes that pass the caches before every repeat, so that nothing measured lies there: several times an L2.
+
+A GPU reads them: what is written waits in the L2 to go to memory, and takes bandwidth from what is measured.
+"""
 
 COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 MMAP_THRESHOLD = -3
@@ -53,7 +56,7 @@ class Clock:
 
     def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
-        self._cold = torch.empty(COLD_BYTES.get(device.type, 64 << 20), dtype=torch.uint8, device=device)
+        self._cold = torch.zeros(COLD_BYTES.get(device.type, 64 << 20) // 8, dtype=torch.int64, device=device)
 
     def time(self, step: Callable[[], object], graph: bool = True) -> Timing:
         """Time a step that can be repeated at will and changes nothing; on a GPU also as a CUDA graph."""
@@ -101,7 +104,7 @@ class Clock:
             return times
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in events:
-            self._cold.fill_(1)
+            self._cold.sum()
             start.record()
             step()
             end.record()

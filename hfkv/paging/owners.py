@@ -49,14 +49,14 @@ class Owners:
         extra, place = self.extra.view(-1), self._place(ids)
         extra.index_add_(0, place, -torch.ones_like(ids))
         ownerless = ids[extra[place] < 0].unique()
-        extra[self._place(ownerless)] = 0
+        extra.index_fill_(0, self._place(ownerless), 0)
         return ownerless
 
     def move(self, old: Tensor, new: Tensor) -> None:
         """Pages `old` lie at `new` from now on, which nobody owned; ids int32 [n] each."""
         extra = self.extra.view(-1)
         extra[self._place(new)] = extra[self._place(old)]
-        extra[self._place(old)] = 0
+        extra.index_fill_(0, self._place(old), 0)
 
     def need_copy(self, ids: Tensor, changed: Tensor) -> Tensor:
         """Which owners that are to change a page need a copy of it.

@@ -470,7 +470,7 @@ class PagePool:
         words = self.chunk_bytes // WORD
         self._home.update((chunk, (number, i * words)) for i, chunk in enumerate(arena.chunks))
         index = sent(arena.chunks, self.device)
-        self._arena_of[index] = number
+        self._arena_of.index_fill_(0, index, number)  # indexing would bring the number there, and wait
         self._offset_of[index] = torch.arange(chunks, device=self.device) * words
         self._note_addresses(arena)
         self._spare += reversed(arena.chunks)
@@ -524,7 +524,7 @@ class PagePool:
             if not empty:
                 continue
             gone = torch.zeros(len(self._owner), dtype=torch.bool, device=self.device)
-            gone[sent(empty, self.device)] = True
+            gone.index_fill_(0, sent(empty, self.device), True)
             ids = self._free_ids(page_class)
             pages = page_class.pages - len(empty) * page_class.per_chunk
             order = gone[(ids >> SLOT_BITS).long()].long().argsort(stable=True)  # those that stay first

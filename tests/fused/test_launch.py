@@ -1,41 +1,10 @@
-"""On a machine with several GPUs every kernel is launched on the one that its tensors are on."""
+"""Where kernels are launched: the device of the first tensor; `test_fused_devices.py` has the whole path."""
 
 import contextlib
 
-import pytest
 import torch
-from test_races import SCENARIOS, flushed  # noqa: F401 (a fixture)
-from triton.runtime.interpreter import InterpretedFunction
 
 from hfkv.kernels.triton import launch
-
-
-@pytest.fixture
-def devices(monkeypatch):
-    """The devices that are current, innermost last; a launch without one, or on another one, fails."""
-    current, run = [], InterpretedFunction.run
-
-    @contextlib.contextmanager
-    def on(device):
-        current.append(device)
-        yield
-        current.pop()
-
-    def checked(kernel, *args, **named):
-        assert current, f"{kernel.fn.__name__} goes to whatever device is current"
-        assert {x.device for x in args if isinstance(x, torch.Tensor)} == {current[-1]}
-        return run(kernel, *args, **named)
-
-    monkeypatch.setattr(launch, "on", on)
-    monkeypatch.setattr(InterpretedFunction, "run", checked)
-    return current
-
-
-@pytest.mark.parametrize("name", ["flush-shared", "step-packs", "observe", "chunk", "append", "kvcrush", "seal"])
-def test_launches_are_on_the_device_of_their_tensors(name, flushed, devices):  # noqa: F811
-    scenario, _ = SCENARIOS[name]
-    scenario(flushed)
-    assert not devices
 
 
 def test_the_first_tensor_says_where(monkeypatch):

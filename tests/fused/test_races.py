@@ -118,6 +118,8 @@ def sealed(layers):
 
 
 DECODE = {"prepare_queries", "decode_items", "combine_items"}
+
+
 def replayed(layers):
     q, k = random(1, 4, 150, 16), random(1, 2, 150, 16, seed=1)
     asking = Asking(torch.tensor([140]), torch.tensor([0]))

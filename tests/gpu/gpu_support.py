@@ -8,15 +8,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.metadata
+import importlib.util
 import os
+import re
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfkv import LeanKVCache, LeanKVConfig
+from hfkv import LeanKVCache
+from hfkv.backends import choose
 from hfkv.bench import caches
 from hfkv.bench.sizes import Shape
 from hfkv.kernels import compaction
@@ -28,6 +33,10 @@ LONG = 32 * 1024 if ON_GPU else 1024
 MIDDLE = 4 * 1024 if ON_GPU else 512
 GROUP_4, GROUP_8 = Shape(32, 8, 128), Shape(64, 8, 128)
 VOCAB = 997
+PACKAGES = "torch", "transformers", "triton"
+
+measured: list[str] = []
+"""What the running test has measured and found good: the runner prints it."""
 
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
@@ -63,14 +72,92 @@ def like(dtype: torch.dtype) -> Tensor:
 
 
 def backend() -> str:
-    """What runs the kernels here, by the report of a cache with something in it."""
-    cache = LeanKVCache(LeanKVConfig.preset("k8v4"))
-    caches.fill(cache, Shape(8, 2, 64), 1, 1, 200, like(torch.float16 if ON_GPU else torch.float32))
-    return cache.report().backend
+    """What runs the kernels here."""
+    return choose(DEVICE, [], torch.float16)
+
+
+def described() -> str:
+    """Device, backend and versions."""
+    exists = not ON_GPU or torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if ON_GPU and exists else str(DEVICE)
+    runs = f", backend {backend()}" if exists else ", which does not exist here"
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in PACKAGES if importlib.util.find_spec(name))
+    return f"{where}{runs}, {', '.join(versions)}"
+
+
+@contextlib.contextmanager
+def backend_of(name: str) -> Iterator[None]:
+    """Caches that get their first tokens inside run on this backend, wherever they are."""
+    with mock.patch.dict(os.environ, HFKV_BACKEND=name):
+        yield
+
+
+def split(
+    name: str, test: Callable[..., None], cases: Iterable[tuple], where: Callable[..., Callable[[], None]] = on_device
+) -> dict[str, Callable[[], None]]:
+    """A test for every case, for a module's globals(): each is run, limited and reported on its own."""
+
+    def made(case: tuple) -> Callable[[], None]:
+        def run() -> None:
+            test(*case)
+
+        words = re.sub(r"[^0-9a-z]+", "_", " ".join(str(part).removeprefix("torch.") for part in case).lower())
+        run.__name__ = f"test_{name}_{words.strip('_')}"
+        return where(run)
+
+    return {run.__name__: run for run in map(made, cases)}
+
+
+def each(cases: Iterable, where: Callable[..., Callable[[], None]] = on_device) -> Callable:
+    """Make a test of its module for every case of a function `check_...`, see `split`."""
+
+    def decorate(check: Callable[..., None]) -> Callable[..., None]:
+        own = [case if isinstance(case, tuple) else (case,) for case in cases]
+        check.__globals__.update(split(check.__name__.removeprefix("check_"), check, own, where))
+        return check
+
+    return decorate
 
 
 def relative_rms(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)).item()
+
+
+def check_close(got: Tensor, want: Tensor, bound: float, what: str = "") -> None:
+    """Hold tensors to a relative RMS error; a failure says by how much they differ, and where first."""
+    got, want = got.detach().cpu(), want.detach().cpu()
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+    error = relative_rms(got, want)
+    if error < bound:
+        measured.append(f"{what} {error:.1e} of {bound:.0e}".strip())
+        return
+    typical = want.double().square().mean().sqrt().item()
+    beyond = ~((got.double() - want.double()).abs() <= 4 * bound * typical)  # NaN is beyond
+    raise AssertionError(f"{what}: relative RMS error {error:.2e}, bound {bound:.0e}; {told(got, want, beyond)}")
+
+
+def check_equal(got: Tensor, want: Tensor, what: str = "", share: float = 0.0) -> None:
+    """Hold tensors to be equal, but for a share of their entries."""
+    got, want = got.detach().cpu(), want.detach().cpu()
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+    differs = got != want
+    found = differs.double().mean().item() if differs.numel() else 0.0
+    if share:
+        measured.append(f"{what} {found:.1e} of {share:.0e}".strip())
+    assert found <= share, f"{what}: {told(got, want, differs)}"
+
+
+def told(got: Tensor, want: Tensor, differs: Tensor) -> str:
+    """How many entries differ, the first of them, the farthest, and whether some are no numbers."""
+    away = (got.double() - want.double()).abs().nan_to_num(float("inf"))
+    places = differs.nonzero()
+    first = tuple(places[0].tolist()) if len(places) else ()
+    farthest = tuple(int(i) for i in torch.unravel_index(away.argmax(), away.shape))
+    said = f"{len(places)} of {got.numel()} entries of {tuple(got.shape)} {got.dtype} differ"
+    for name, at in (("first", first), ("farthest", farthest)):
+        said += f"; {name} at {list(at)}: {got[at].item():.6g} for {want[at].item():.6g}" if len(places) else ""
+    lost = int((~got.double().isfinite()).sum())
+    return said + (f"; {lost} are not finite" if lost else "")
 
 
 def step_once(cache: LeanKVCache, shape: Shape, layers: int, batch: int, dtype: torch.dtype) -> None:

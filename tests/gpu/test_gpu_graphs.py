@@ -6,6 +6,8 @@ import logging
 
 import torch
 from gpu_support import (
+    check_close,
+    each,
     held_bytes,
     no_synchronisation,
     on_cuda,
@@ -37,22 +39,19 @@ def logits_of(model, cache: LeanKVCache, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([model(input_ids=t, past_key_values=cache).logits[:, -1] for t in tokens.split(1, 1)])
 
 
-@on_cuda
-def test_replayed_steps_say_what_eager_ones_do():
-    """Over three flushes, at batch 1 and 3, in float32 and bfloat16."""
-    for dtype in (torch.float32, torch.bfloat16):
-        model = random_llama(dtype, "leankv", 0.05)
-        for preset in PRESETS:
-            for batch in (1, 3):
-                tokens = random_ids(batch, 110, seed=1)
-                hfkv.disable(model)
-                want = logits_of(model, prompted(model, preset, batch), tokens)
-                hfkv.compile_decode(model)
-                got = logits_of(model, prompted(model, preset, batch), tokens)
-                report = hfkv.decode_report(model)
-                assert report.replayed >= 100 - 3 * report.captured and report.captured in (1, 2, 3), report
-                error = relative_rms(got, want)
-                assert error < CLOSE[dtype], f"{preset}, {dtype}, batch {batch}: {error:.2e}"
+@each([(dtype, preset) for dtype in CLOSE for preset in PRESETS], on_cuda)
+def check_replayed_steps_say_what_eager_ones_do(dtype: torch.dtype, preset: str) -> None:
+    """Over three flushes, at batch 1 and 3."""
+    model = random_llama(dtype, "leankv", 0.05)
+    for batch in (1, 3):
+        tokens = random_ids(batch, 110, seed=1)
+        hfkv.disable(model)
+        want = logits_of(model, prompted(model, preset, batch), tokens)
+        hfkv.compile_decode(model)
+        got = logits_of(model, prompted(model, preset, batch), tokens)
+        report = hfkv.decode_report(model)
+        assert report.replayed >= 100 - 3 * report.captured and report.captured in (1, 2, 3), report
+        check_close(got, want, CLOSE[dtype], f"batch {batch}")
 
 
 @on_cuda
@@ -70,19 +69,18 @@ def test_a_padded_batch_generates_the_same():
     assert hfkv.decode_report(model).replayed > 70, hfkv.decode_report(model)
 
 
-@on_cuda
-def test_replays_do_not_synchronise():
-    for preset in PRESETS:
-        model = hfkv.compile_decode(random_llama(torch.bfloat16, "leankv"))
-        cache = prompted(model, preset, 2)
-        tokens = random_ids(2, 200, seed=1).split(1, 1)
-        logits_of(model, cache, torch.cat(tokens[: steps_to_flush(cache) + 5], 1))
-        left = steps_to_flush(cache)
-        assert left > 15 and cache.decode_step.replayed
-        with torch.no_grad(), no_synchronisation():
-            outs = [model(input_ids=token, past_key_values=cache).logits for token in tokens[:left]]
-        assert hfkv.decode_report(model).replayed >= left
-        assert bool(torch.stack(outs).isfinite().all())
+@each(PRESETS, on_cuda)
+def check_replays_do_not_synchronise(preset: str) -> None:
+    model = hfkv.compile_decode(random_llama(torch.bfloat16, "leankv"))
+    cache = prompted(model, preset, 2)
+    tokens = random_ids(2, 200, seed=1).split(1, 1)
+    logits_of(model, cache, torch.cat(tokens[: steps_to_flush(cache) + 5], 1))
+    left = steps_to_flush(cache)
+    assert left > 15 and cache.decode_step.replayed
+    with torch.no_grad(), no_synchronisation():
+        outs = [model(input_ids=token, past_key_values=cache).logits for token in tokens[:left]]
+    assert hfkv.decode_report(model).replayed >= left
+    assert bool(torch.stack(outs).isfinite().all())
 
 
 @on_cuda

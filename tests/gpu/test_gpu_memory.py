@@ -6,6 +6,7 @@ import torch
 from gpu_support import (
     GROUP_4,
     MIDDLE,
+    each,
     held_bytes,
     like,
     on_cuda,
@@ -33,29 +34,27 @@ def filled(name: str) -> LeanKVCache:
     return cache
 
 
-@on_cuda
-def test_the_report_is_what_the_allocator_holds():
-    for name in PRESETS:
-        filled(name)  # rotations, kernels and libraries' workspaces are made once for all caches
-        before = held_bytes()
-        cache = filled(name)
-        held, said = held_bytes() - before, cache.report().physical_bytes
-        assert abs(held - said) <= 0.01 * said + SLACK, f"{name}: {held:,} bytes held, {said:,} reported"
-        del cache
+@each(PRESETS, on_cuda)
+def check_the_report_is_what_the_allocator_holds(name: str) -> None:
+    filled(name)  # rotations, kernels and libraries' workspaces are made once for all caches
+    before = held_bytes()
+    cache = filled(name)
+    held, said = held_bytes() - before, cache.report().physical_bytes
+    assert abs(held - said) <= 0.01 * said + SLACK, f"{name}: {held:,} bytes held, {said:,} reported"
+    del cache
 
 
-@on_cuda
-def test_memory_returns_when_a_cache_is_dropped_or_reset():
-    for name in PRESETS:
-        filled(name)  # rotations, kernels and libraries' workspaces are made once for all caches
-        before = held_bytes()
-        cache = filled(name)
-        assert held_bytes() - before > 10 * SLACK
-        cache.reset()
-        assert held_bytes() - before <= SLACK, f"{name}: {held_bytes() - before:,} bytes are left after reset()"
-        caches.fill(cache, GROUP_4, LAYERS, BATCH, MIDDLE, like(torch.bfloat16))
-        del cache
-        assert held_bytes() - before <= SLACK, f"{name}: {held_bytes() - before:,} bytes are left after del"
+@each(PRESETS, on_cuda)
+def check_memory_returns_when_a_cache_is_dropped_or_reset(name: str) -> None:
+    filled(name)  # rotations, kernels and libraries' workspaces are made once for all caches
+    before = held_bytes()
+    cache = filled(name)
+    assert held_bytes() - before > 10 * SLACK
+    cache.reset()
+    assert held_bytes() - before <= SLACK, f"{name}: {held_bytes() - before:,} bytes are left after reset()"
+    caches.fill(cache, GROUP_4, LAYERS, BATCH, MIDDLE, like(torch.bfloat16))
+    del cache
+    assert held_bytes() - before <= SLACK, f"{name}: {held_bytes() - before:,} bytes are left after del"
 
 
 @on_cuda

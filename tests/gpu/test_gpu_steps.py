@@ -10,6 +10,7 @@ from gpu_support import (
     MIDDLE,
     VOCAB,
     backend,
+    each,
     like,
     no_synchronisation,
     on_cuda,
@@ -42,64 +43,60 @@ def cache_after_a_flush(name: str) -> LeanKVCache:
     return cache
 
 
-@on_cuda
-def test_attention_steps_do_not_synchronise():
-    for name in PRESETS:
-        cache = cache_after_a_flush(name)
-        steps = [step_inputs(GROUP_4, BATCH, torch.bfloat16) for _ in range(steps_to_flush(cache))]
-        assert len(steps) > 20
-        with no_synchronisation():
-            for inputs in steps:
-                for layer in range(LAYERS):
-                    run_layer(cache, layer, *inputs)
-
-
-@on_cuda
-def test_model_steps_do_not_synchronise():
-    for name in PRESETS:
-        cache, model = LeanKVCache(LeanKVConfig.preset(name)), random_llama(torch.bfloat16, "leankv")
-        with torch.no_grad():
-            model(input_ids=random_ids(BATCH, 900), past_key_values=cache, logits_to_keep=1)
-            tokens = random_ids(BATCH, 60, seed=1).split(1, 1)
-            before = steps_to_flush(cache) + 3
-            for token in tokens[:before]:
-                model(input_ids=token, past_key_values=cache)
-            with no_synchronisation():
-                outs = [model(input_ids=t, past_key_values=cache).logits for t in tokens[before : before + 20]]
-        assert torch.stack(outs).shape == (20, BATCH, 1, VOCAB)
-        assert all(bool(out.isfinite().all()) for out in outs)
-
-
-@on_cuda
-def test_steps_between_flushes_hold_no_more_memory():
-    """Neither do live tensors grow, nor does the allocator ask the device for anything."""
-    for name in PRESETS:
-        cache = cache_after_a_flush(name)
-        steps = [step_inputs(GROUP_4, BATCH, torch.bfloat16) for _ in range(steps_to_flush(cache))]
-        for layer in range(LAYERS):
-            run_layer(cache, layer, *steps[0])
-        before = allocator("allocated_bytes.all.current"), allocator("segment.all.allocated")
-        for inputs in steps[1:]:
+@each(PRESETS, on_cuda)
+def check_attention_steps_do_not_synchronise(name: str) -> None:
+    cache = cache_after_a_flush(name)
+    steps = [step_inputs(GROUP_4, BATCH, torch.bfloat16) for _ in range(steps_to_flush(cache))]
+    assert len(steps) > 20
+    with no_synchronisation():
+        for inputs in steps:
             for layer in range(LAYERS):
                 run_layer(cache, layer, *inputs)
-        assert (allocator("allocated_bytes.all.current"), allocator("segment.all.allocated")) == before, name
 
 
-@on_cuda
-def test_steps_between_flushes_allocate_their_outputs_only():
+@each(PRESETS, on_cuda)
+def check_model_steps_do_not_synchronise(name: str) -> None:
+    cache, model = LeanKVCache(LeanKVConfig.preset(name)), random_llama(torch.bfloat16, "leankv")
+    with torch.no_grad():
+        model(input_ids=random_ids(BATCH, 900), past_key_values=cache, logits_to_keep=1)
+        tokens = random_ids(BATCH, 60, seed=1).split(1, 1)
+        before = steps_to_flush(cache) + 3
+        for token in tokens[:before]:
+            model(input_ids=token, past_key_values=cache)
+        with no_synchronisation():
+            outs = [model(input_ids=t, past_key_values=cache).logits for t in tokens[before : before + 20]]
+    assert torch.stack(outs).shape == (20, BATCH, 1, VOCAB)
+    assert all(bool(out.isfinite().all()) for out in outs)
+
+
+@each(PRESETS, on_cuda)
+def check_steps_between_flushes_hold_no_more_memory(name: str) -> None:
+    """Neither do live tensors grow, nor does the allocator ask the device for anything."""
+    cache = cache_after_a_flush(name)
+    steps = [step_inputs(GROUP_4, BATCH, torch.bfloat16) for _ in range(steps_to_flush(cache))]
+    for layer in range(LAYERS):
+        run_layer(cache, layer, *steps[0])
+    before = allocator("allocated_bytes.all.current"), allocator("segment.all.allocated")
+    for inputs in steps[1:]:
+        for layer in range(LAYERS):
+            run_layer(cache, layer, *inputs)
+    assert (allocator("allocated_bytes.all.current"), allocator("segment.all.allocated")) == before, name
+
+
+@each(PRESETS, on_cuda)
+def check_steps_between_flushes_allocate_their_outputs_only(name: str) -> None:
     if backend() != "triton":
         raise unittest.SkipTest(f"backend {backend()}: the plain-torch twins make temporary tensors")
-    for name in PRESETS:
-        cache = cache_after_a_flush(name)
-        counts = []
-        for _ in range(5):
-            inputs = step_inputs(GROUP_4, BATCH, torch.bfloat16)
-            before = allocator("allocation.all.allocated")
-            outs = [run_layer(cache, layer, *inputs) for layer in range(LAYERS)]
-            counts.append(allocator("allocation.all.allocated") - before)
-        assert len(outs) == LAYERS
-        most = LAYERS + 1  # how full the windows are is counted once
-        assert max(counts) <= most, f"{name}: {counts} allocations in steps of {LAYERS} layers with one output each"
+    cache = cache_after_a_flush(name)
+    counts = []
+    for _ in range(5):
+        inputs = step_inputs(GROUP_4, BATCH, torch.bfloat16)
+        before = allocator("allocation.all.allocated")
+        outs = [run_layer(cache, layer, *inputs) for layer in range(LAYERS)]
+        counts.append(allocator("allocation.all.allocated") - before)
+    assert len(outs) == LAYERS
+    most = LAYERS + 1  # how full the windows are is counted once
+    assert max(counts) <= most, f"{name}: {counts} allocations in steps of {LAYERS} layers with one output each"
 
 
 @on_cuda
@@ -126,25 +123,24 @@ def test_a_flush_with_room_does_not_synchronise():
     assert tried, "no preset had room in its tables"
 
 
-@on_cuda
-def test_a_captured_attention_step_replays_the_same():
-    for name in PRESETS:
-        cache = cache_after_a_flush(name)
-        k, v, q = step_inputs(GROUP_4, BATCH, torch.bfloat16)
-        handles = cache.update(k, v, 0)
-        with torch.no_grad():
-            want = caches.attend(handles, q)
-            kept: list[torch.Tensor] = []
-            replay = captured(lambda q=q, handles=handles, kept=kept: kept.append(caches.attend(handles, q)))
-            kept[-1].fill_(float("nan"))
-            replay()
-            torch.cuda.synchronize()
-            assert relative_rms(kept[-1], want) < REPLAY, name
-            q.copy_(torch.randn_like(q))
-            replay()
-            error = relative_rms(kept[-1], caches.attend(handles, q))
-            assert error < REPLAY, f"{name}: other queries give an error of {error:.2e}"
-            assert relative_rms(kept[-1], want) > 0.5, "the replay does not look at its queries"
+@each(PRESETS, on_cuda)
+def check_a_captured_attention_step_replays_the_same(name: str) -> None:
+    cache = cache_after_a_flush(name)
+    k, v, q = step_inputs(GROUP_4, BATCH, torch.bfloat16)
+    handles = cache.update(k, v, 0)
+    with torch.no_grad():
+        want = caches.attend(handles, q)
+        kept: list[torch.Tensor] = []
+        replay = captured(lambda q=q, handles=handles, kept=kept: kept.append(caches.attend(handles, q)))
+        kept[-1].fill_(float("nan"))
+        replay()
+        torch.cuda.synchronize()
+        assert relative_rms(kept[-1], want) < REPLAY, name
+        q.copy_(torch.randn_like(q))
+        replay()
+        error = relative_rms(kept[-1], caches.attend(handles, q))
+        assert error < REPLAY, f"{name}: other queries give an error of {error:.2e}"
+        assert relative_rms(kept[-1], want) > 0.5, "the replay does not look at its queries"
 
 
 def allocator(name: str) -> int:

@@ -64,7 +64,7 @@ def ranked(chosen: Tensor, first: Tensor) -> Tensor:
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "slots"])
 def rescore_kernel(
     scores, table, width, addresses, lengths, slots,
     TIER: tl.constexpr, TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr,
@@ -79,7 +79,7 @@ def rescore_kernel(
     tl.store((base + SCORE + inside * 2).to(tl.pointer_type(tl.float16)), score.to(tl.float16), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "slots"])
 def read_kernel(
     scores, births, table, width, addresses, lengths, slots,
     TIER: tl.constexpr, TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr,
@@ -133,7 +133,7 @@ def clear_words(at, free, BYTES_EACH: tl.constexpr):
         tl.store(at.to(tl.pointer_type(tl.int32)), tl.zeros(at.shape, tl.int32), mask=free)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "slots"])
 def move_kernel(
     sources, table, width, addresses, slots,
     TIER: tl.constexpr, TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr,
@@ -180,7 +180,7 @@ def move_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def clear_kernel(
     kept, counts, needed, table, width, addresses,
     TIER: tl.constexpr, TOKENS: tl.constexpr, PAGE_BYTES: tl.constexpr, SCORE: tl.constexpr, BIRTH: tl.constexpr,
@@ -208,7 +208,7 @@ def clear_kernel(
             clear_words(base + BIRTH + inside * BB, free, BB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "size"])
 def release_kernel(
     counts, needed, first_freed, table, width, ring, size, pointers, used,
     TIER: tl.constexpr, BLOCK: tl.constexpr,
@@ -227,7 +227,7 @@ def release_kernel(
         tl.atomic_add(used + (number >> SLOT_BITS), -1, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "size"])
 def allocate_kernel(
     counts, needed, first_new, table, width, ring, size, pointers, used,
     TIER: tl.constexpr, BLOCK: tl.constexpr,
@@ -246,7 +246,7 @@ def allocate_kernel(
         tl.atomic_add(used + (number >> SLOT_BITS), 1, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "slots", "size"])
 def copy_kernel(
     ranks, old_table, new_table, width, addresses, extra, slots, ring, size, pointers, used, pages,
     TIER: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
@@ -317,7 +317,7 @@ def load_vectors(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["old_width", "new_width", "slots"])
 def recode_kernel(
     slots_of, old_table, new_table, old_width, new_width, addresses, slots, flags,
     element: tl.constexpr, SCORED: tl.constexpr, BLOCK: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr,

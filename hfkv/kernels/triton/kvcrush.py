@@ -26,7 +26,7 @@ def _bits(received, exists, median, i_b, i_h, t, H, T):
     return tl.where(there & (value >= tl.load(median + i_b * H + i_h)), 1, 0), there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def ones_kernel(received, exists, median, ones, H, T, BLOCK: tl.constexpr):
     """Tokens of each head that reach its median, int32 [batch, heads]; grid (batch * heads,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,7 +37,7 @@ def ones_kernel(received, exists, median, ones, H, T, BLOCK: tl.constexpr):
     tl.store(ones + row, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def distance_kernel(received, exists, median, anchor, distance, H, T, BLOCK: tl.constexpr):
     """Heads in which a token's bit differs from the anchor's; grid (blocks of tokens, batch)."""
     t, i_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64)
@@ -48,7 +48,7 @@ def distance_kernel(received, exists, median, anchor, distance, H, T, BLOCK: tl.
     tl.store(distance + i_b * T + t, total, mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def elect_kernel(among, distance, seats, chosen, T, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
     """Stable counting sort by distance, and a seat at evenly spaced ranks; grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)

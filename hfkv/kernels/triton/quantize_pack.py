@@ -241,7 +241,7 @@ def store_vectors(
                 tl.store((base + ZERO + inside).to(tl.pointer_type(tl.uint8)), zero.to(tl.int32).to(tl.uint8), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "n"])
 def pack_kernel(
     x_ptr, stride_row, stride_token, rotation, mean, slots, scores, births, table, width, addresses, flags, n,
     TIER: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr, DIMP: tl.constexpr, ROTATE: tl.constexpr,

@@ -121,9 +121,9 @@ def most_received(
     keys = turned_back(k, turn).to(q.dtype).contiguous()
     sinks = keys if first is None else turned_back(first, turn).to(q.dtype).contiguous()
     if asking is None:
-        sides = (torch.full((batch,), n, dtype=torch.int32, device=q.device) for n in (before, tokens))
+        sides = [torch.full((batch,), n, dtype=torch.int32, device=q.device) for n in (before, tokens)]
     else:
-        sides = (asking.first.to(torch.int32), asking.counts.to(torch.int32))
+        sides = [asking.first.to(torch.int32), asking.counts.to(torch.int32)]
     out = torch.zeros(batch, heads, tokens, dtype=torch.int32, device=q.device)
     shape, options = tile_shape(dim, q.dtype)
     replay_kernel[(-(-tokens // BLOCK) * groups * (BLOCK // shape["BM"]), batch * heads)](

@@ -27,7 +27,7 @@ BLOCK, STEP = 32, 16
 NAMES = ("KIND", "BITS", "SIGNED", "PADDED", "SLICES", "W", "WP", "ROWS", "ELEMENT", "START", "SCALE", "ZERO")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "slots"])
 def unpack_kernel(
     out, rotation, mean, table, width, addresses, lengths, slots,
     element: tl.constexpr, TIER: tl.constexpr, VALUE: tl.constexpr, DIM: tl.constexpr, DIMP: tl.constexpr,

@@ -167,7 +167,7 @@ class StepPlan:
         last[:-1] = torch.where(owner[1:] == owner[:-1], first[1:], last[:-1])
         self.items.copy_(torch.stack([owner // self.pieces, owner % self.pieces, first, last - first], 1))
         self.offsets[:-1] = at_piece[:: self.pieces]
-        self.offsets[-1] = self.count
+        self.offsets[-1:].fill_(self.count)  # a number put into one place would be waited for
 
     @functools.cached_property
     def registers(self) -> int | None:
