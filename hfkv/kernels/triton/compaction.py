@@ -246,7 +246,7 @@ def allocate_kernel(
         tl.atomic_add(used + (number >> SLOT_BITS), 1, mask=ok)
 
 
-@triton.jit(do_not_specialize=["width", "slots", "size"])
+@triton.jit(do_not_specialize=["width", "slots", "size", "pages"])
 def copy_kernel(
     ranks, old_table, new_table, width, addresses, extra, slots, ring, size, pointers, used, pages,
     TIER: tl.constexpr, PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
