@@ -32,6 +32,7 @@ from hfkv.handle import Chunk
 from hfkv.kernels import append as append_twin
 from hfkv.kernels import kvcrush as kvcrush_twin
 from hfkv.kernels import prompt_attention as prompt_twin
+from hfkv.kernels import replay as replay_twin
 from hfkv.kernels import sealing
 from hfkv.kernels.quantize_pack import code_tokens
 from hfkv.packing import REPACKS
@@ -255,6 +256,35 @@ def test_kvcrush() -> None:
 
 
 @on_device
+def test_replay_of_a_prompt() -> None:
+    """`replay_kernel`: of a whole prompt, and behind stored tokens with sequences that differ."""
+    needs_kernels()
+    from hfkv.kernels.triton import replay
+
+    tokens = 1100 if ON_GPU else 70
+    q, k = (numbers(heads, tokens, seed, 2.0) for seed, heads in enumerate((SHAPE.q_heads, SHAPE.kv_heads)))
+    counts, first = torch.tensor([tokens, tokens - 13]), k[:, :, :4]
+    for asking, stored in ((None, None), (replay_twin.Asking(counts, torch.tensor([0, 0])), first)):
+        want = replay_twin.most_received(q.float(), k.float(), asking, stored, 0.2, None, None)
+        own = None if asking is None else replay_twin.Asking(asking.counts.to(DEVICE), asking.first.to(DEVICE))
+        there = None if stored is None else stored.to(DEVICE)
+        got = replay.most_received(q.to(DEVICE), k.to(DEVICE), own, there, 0.2, None, None)
+        real = torch.ones_like(want[:, :1], dtype=torch.bool) if asking is None else asking.real(tokens)[:, None]
+        check_close(got.cpu() * real, want * real, HALF)
+
+
+def check_vectors(name: str) -> None:
+    """`unpack_kernel`: stored keys and values as they came."""
+    needs_kernels()
+    ours, theirs = twins(name)
+    for side in ("key", "value"):
+        for tier, layout in enumerate(held(ours).packed.layouts):
+            width = held(ours).packed.widest[tier] * layout.tokens
+            got, want = (held(c).kernels.vectors(held(c).packed, side, tier, width) for c in (ours, theirs))
+            check_close(got, want, HALF)
+
+
+@on_device
 def test_shared_pages_are_copied() -> None:
     """`copy_kernel`: forks of one prompt that go on apart, through a flush."""
     made = []
@@ -294,3 +324,4 @@ def test_capture_of_a_step() -> None:
 globals().update(split("decode", check_decode, [("balanced",), ("exact",), ("k4v2",), ("minmax",), ("packed",)]))
 globals().update(split("quantise", check_quantise, [("k4v2",), ("exact",), ("balanced",), ("packed",)]))
 globals().update(split("flush", check_flush, [("k8v4",), ("exact",), ("packed",)]))
+globals().update(split("vectors", check_vectors, [("balanced",), ("exact",), ("minmax",)]))
