@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hfkv import LeanKVCache, LeanKVConfig
-from hfkv.material import packed_slots
 
 LAYERS = 4
 SPLITS = {"two": (0, 0, 1, 1), "three": (0, 1, 2, 2), "in-turn": (0, 1, 0, 1)}
@@ -115,8 +114,8 @@ def held_of(cache: LeanKVCache) -> list[dict[str, Any]]:
             "lengths": tokens.packed.table.lengths.cpu(),
             "counts": tokens.fill.counts.cpu(),
             "vectors": [
-                tokens.packed.vectors(side, tier, n).cpu()
-                for tier, n in enumerate(packed_slots(tokens))
+                tokens.packed.vectors(side, tier, int(tokens.packed.page_counts(tier).max()) * layout.tokens).cpu()
+                for tier, layout in enumerate(tokens.packed.layouts)
                 for side in ("key", "value")
             ],
         }
