@@ -118,7 +118,7 @@ def alike(layers: list[LayerTokens]) -> list[list[LayerTokens]]:
     for tokens in layers:
         packed, config = tokens.packed, tokens.config
         shared = (id(packed.pool), id(packed.basis.key), id(packed.basis.value), id(tokens.fill), packed.shift)
-        shape = (packed.rows, tokens.dtype, tokens.kernels.name)
+        shape = (packed.rows, tokens.dtype, type(tokens.kernels))
         score = id(config.score) if callable(config.score) else config.score
         key = (*shared, tuple(packed.layouts), *shape, config.window, config.selects, score)
         alike = groups.setdefault(key, [[]])

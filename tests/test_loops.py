@@ -1,4 +1,4 @@
-"""Decode steps by compiled loops on the CPU: the loops against the twin, `hfkv.compile_decode`, what is refused."""
+"""Decode steps by compiled loops on the CPU: against the twin, when they are used, how they are built and kept."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ import pytest
 import torch
 from oracle import PAGE_CASES, dequantised, make_layer, poison, relative_rms, scatter_pages, softmax_attention
 from tiny import tiny_llama
-from torch._dynamo.utils import counters
 
 import hfkv
 from hfkv import LeanKVCache, LeanKVConfig
 from hfkv.attend import Call, Past
-from hfkv.backends import compiled, kernels_for, select
+from hfkv.backends import built, compiled, kernels_for, select
 from hfkv.backends.compiled import CompiledKernels
+from hfkv.backends.plain import PlainKernels
 from hfkv.fill import Fill
 from hfkv.kernels.loops import step_loops
 from hfkv.window import Window
+
+CPU = torch.device("cpu")
+
+
+def window_of(layer, q, k, v, count):
+    """A window of which `count` slots are filled, and that filling."""
+    heads = layer.rows // q.shape[0]
+    fill = Fill(count, torch.full((q.shape[0],), count), count, None, count, None)
+    return Window(k.unflatten(0, (-1, heads)), v.unflatten(0, (-1, heads))), fill
 
 
 def step_of(layer, q, k, v, count, call):
     """The attention of the newest queries by loops -> (output, the view they were read through)."""
     kernels = CompiledKernels()
-    heads = layer.rows // q.shape[0]
-    window = Window(k.unflatten(0, (-1, heads)), v.unflatten(0, (-1, heads)))
-    fill = Fill(count, torch.full((q.shape[0],), count), count, None, count, None)
-    past = Past(layer, kernels.view(layer), window, fill)
+    past = Past(layer, kernels.view(layer), *window_of(layer, q, k, v, count))
     return kernels.attend_step(past, q, call), past.view
 
 
@@ -56,7 +62,7 @@ def case(rows, key_dim, value_dim, groups, queries, batch=1, slots=12):
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The expression itself, which says what compiled loops compute."""
-    monkeypatch.setattr(compiled, "_compiled", lambda shape, work: step_loops(shape))
+    monkeypatch.setattr(compiled, "built_step", lambda shape, folding: step_loops(shape))
 
 
 @pytest.mark.parametrize("counts, tiers, key_dim, value_dim, tokens", PAGE_CASES)
@@ -108,7 +114,7 @@ def test_a_sequence_without_a_token_gets_zeros(uncompiled):
     ],
 )
 def test_what_is_left_to_the_twin(counts, tiers, codec, queries, monkeypatch):
-    monkeypatch.setattr(compiled, "_compiled", None)  # not to be called
+    monkeypatch.setattr(compiled, "built_step", None)  # not to be called
     layer, _, _ = make_layer(counts, tiers, 64, 64, codec=codec)
     q, k, v = case(len(counts), 64, 64, 2, queries)
     call = Call(0.125, None, None)
@@ -116,22 +122,100 @@ def test_what_is_left_to_the_twin(counts, tiers, codec, queries, monkeypatch):
     assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
 
 
+def test_few_tokens_are_left_to_the_twin_unless_loops_are_asked_for(uncompiled):
+    call = Call(0.125, None, None)
+    for count, loops in [(1900, False), (2100, True)]:
+        layer, _, _ = make_layer([(count, 0)] * 2, ((4, 2), (4, 2)), 64, 64)
+        q, k, v = case(2, 64, 64, 3, 1)
+        for kernels, wants in [(kernels_for(CPU, layer.layouts, q.dtype, {}), loops), (CompiledKernels(), True)]:
+            layer.changed()
+            past = Past(layer, kernels.view(layer), *window_of(layer, q, k, v, 9))
+            out = kernels.attend_step(past, q, call)
+            assert (past.view.pages is not None) == wants
+            assert kernels.name == ("inductor" if wants else "torch")
+            assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+
+
+# ---- built and kept --------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def compiler():
-    if compiled._obstacle() is not None:
-        pytest.skip(f"torch.compile makes no code for this CPU: {compiled._obstacle()}")
+    if built._obstacle() is not None:
+        pytest.skip(f"loops cannot be built here: {built._obstacle()}")
 
 
-def test_one_compilation_serves_all_sizes(compiler):
-    call, graphs = Call(0.125, None, None), []
-    for rows, count, queries in [(2, 90, 2), (3, 500, 3), (2, 1500, 5)]:
-        layer, _, _ = make_layer([(count, 0)] * rows, ((4, 2), (4, 2)), 64, 64)
-        q, k, v = case(rows, 64, 64, 3, queries)
-        out, view = step_of(layer, q, k, v, 9, call)
-        assert all(step is not None for step in view._steps.values())
-        assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] == graphs[2]
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """An empty folder for loops, and a process that knows none."""
+    monkeypatch.setattr(built, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(built, "_steps", {})
+    return tmp_path
+
+
+def test_one_building_serves_all_sizes_and_later_processes(compiler, kept, monkeypatch, caplog):
+    call = Call(0.125, None, None)
+
+    def attend():
+        for rows, count, queries in [(2, 90, 2), (3, 500, 3), (2, 1500, 5)]:
+            layer, _, _ = make_layer([(count, 0)] * rows, ((4, 2), (4, 2)), 64, 64)
+            q, k, v = case(rows, 64, 64, 3, queries)
+            out, view = step_of(layer, q, k, v, 9, call)
+            assert all(step is not None for step in view._steps.values())
+            assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+
+    with caplog.at_level(logging.WARNING, "hfkv"):
+        attend()
+    (file,) = kept.iterdir()
+    assert caplog.text.count("once per kind of layer") == 1 and str(kept) in caplog.text
+    monkeypatch.setattr(built, "_build", None)  # not to be called
+    built._steps.clear()
+    attend()
+    monkeypatch.undo()
+    built._runner(file)
+
+
+def test_a_file_that_cannot_be_read_is_built_anew(kept, monkeypatch, caplog):
+    layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
+    q, k, v = case(1, 64, 64, 3, 1)
+
+    def build(shape, folding, file):
+        file.write_text("whole")
+
+    def runner(file):
+        if file.read_text() != "whole":
+            raise RuntimeError("not an archive\nat all")
+        return lambda *arguments: torch.zeros(1, 3, 1, 64)
+
+    monkeypatch.setattr(built, "_build", build)
+    monkeypatch.setattr(built, "_runner", runner)
+    monkeypatch.setattr(built, "_name", lambda shape: "loops")
+    (kept / "loops.pt2").write_text("hal")
+    with caplog.at_level(logging.WARNING, "hfkv"):
+        step_of(layer, q, k[:, :9], v[:, :9], 9, Call(0.125, None, None))
+    assert "loops.pt2 is not readable and is built anew: not an archive" in caplog.text
+    assert (kept / "loops.pt2").read_text() == "whole"
+
+
+def test_a_folder_that_cannot_be_written_is_replaced(monkeypatch, tmp_path, caplog):
+    (tmp_path / "loops").write_text("a file in the way")
+    monkeypatch.setenv("HFKV_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING, "hfkv"):
+        folder = built._folder.__wrapped__()
+    assert folder.is_dir() and tmp_path not in folder.parents and "for this process alone" in caplog.text
+    folder.rmdir()
+
+
+def test_loops_are_named_by_processor_and_code(monkeypatch):
+    shape = "a shape"
+    names = {built._name(shape)}
+    for number in range(4):
+        machine = list(built._machine())
+        machine[number] = "another"
+        with monkeypatch.context() as patch:
+            patch.setattr(built, "_machine", lambda machine=tuple(machine): machine)
+            names.add(built._name(shape))
+    assert len(names) == 5
 
 
 # ---- as a user has it --------------------------------------------------------------------------------------------
@@ -175,26 +259,27 @@ def test_compile_decode_on_the_cpu_gives_the_same_tokens(compiler):
 def test_the_variable_asks_for_loops(monkeypatch, compiler):
     monkeypatch.setenv("HFKV_BACKEND", "inductor")
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
-    assert kernels_for(torch.device("cpu"), layer.layouts, torch.float32, {}).name == "inductor"
+    assert kernels_for(CPU, layer.layouts, torch.float32, {}).least == 0
     with pytest.raises(ValueError, match=r"HFKV_BACKEND=inductor is for the CPU, and the cache is on cuda:1"):
         select.choose(torch.device("cuda:1"), layer.layouts, torch.float32)
 
 
-def test_compile_decode_asks_for_loops_only_on_the_cpu_and_unforced(monkeypatch):
+def test_loops_are_used_on_the_cpu_unless_another_backend_is_forced(monkeypatch):
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
-    assert select.choose(torch.device("cpu"), layer.layouts, torch.float32, compiled=True) == "inductor"
+    by_itself = kernels_for(CPU, layer.layouts, torch.float32, {})
+    assert (by_itself.least, by_itself.name) == (compiled.LEAST, "torch")
     monkeypatch.setenv("HFKV_BACKEND", "torch")
-    assert select.choose(torch.device("cpu"), layer.layouts, torch.float32, compiled=True) == "torch"
+    assert type(kernels_for(CPU, layer.layouts, torch.float32, {}, compiled=True)) is PlainKernels
 
 
 def test_without_a_compiler_that_is_said(monkeypatch):
-    monkeypatch.setattr(compiled, "_obstacle", lambda: "No working C++ compiler found")
+    monkeypatch.setattr(built, "_obstacle", lambda: "No working C++ compiler found")
     with pytest.raises(ValueError, match=r"No working C\+\+ compiler found; install g\+\+"):
         hfkv.compile_decode(tiny_llama())
     assert "forward" not in tiny_llama().__dict__
 
 
-def test_loops_that_do_not_compile_are_left_to_the_twin_with_a_warning(monkeypatch, caplog):
+def test_loops_that_cannot_be_built_are_left_to_the_twin_with_one_warning(kept, monkeypatch, caplog):
     def broken(shape):
         def step(*_):
             raise RuntimeError("no such loop\nat all")
@@ -202,11 +287,12 @@ def test_loops_that_do_not_compile_are_left_to_the_twin_with_a_warning(monkeypat
         return step
 
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
-    monkeypatch.setattr(compiled, "step_loops", broken)
-    monkeypatch.setattr(compiled, "_made", {})
+    monkeypatch.setattr(built, "step_loops", broken)
     q, k, v = case(1, 64, 64, 3, 1)
     call = Call(0.125, None, None)
     with caplog.at_level(logging.WARNING, "hfkv"):
-        out, _ = step_of(layer, q, k[:, :9], v[:, :9], 9, call)
-    assert "decode steps are left to plain torch, compiling their loops failed" in caplog.text
-    assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+        for _ in range(2):
+            out, _ = step_of(layer, q, k[:, :9], v[:, :9], 9, call)
+            assert relative_rms(out, wanted(layer, q, k, v, 9, call)) < 2e-5
+    assert caplog.text.count("decode steps are left to plain torch, which is slower: loops could not be built") == 1
+    assert not list(kept.iterdir())

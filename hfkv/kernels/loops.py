@@ -1,4 +1,4 @@
-"""Attention of a decode step over packed pages, window and sinks: an expression that torch.compile makes loops of.
+"""Attention of a decode step over packed pages, window and sinks: an expression that a compiler makes loops of.
 
 The expression has elementwise operations, sums and maxima only, so that the compiler turns all of it into loops of one
 function: they read codes where they lie in the pool, and what a processor pays for in short steps, calls of operations
@@ -36,7 +36,7 @@ class StepShape:
         dtype: of queries and of the window.
         absent: whether there are no sinks, and no mean keys.
         single: whether there is one row, and one query. A size of 1 is none that a compiler leaves open.
-        serial: one thread runs them.
+        threads: how many run them.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -50,7 +50,7 @@ class StepShape:
     dtype: torch.dtype
     absent: tuple[bool, bool]
     single: tuple[bool, bool]
-    serial: bool
+    threads: int
 
 
 def fits(layout: PageLayout) -> bool:
