@@ -127,7 +127,7 @@ def test_few_tokens_are_left_to_the_twin_unless_loops_are_asked_for(uncompiled):
     for count, loops in [(1900, False), (2100, True)]:
         layer, _, _ = make_layer([(count, 0)] * 2, ((4, 2), (4, 2)), 64, 64)
         q, k, v = case(2, 64, 64, 3, 1)
-        for kernels, wants in [(kernels_for(CPU, layer.layouts, q.dtype, {}), loops), (CompiledKernels(), True)]:
+        for kernels, wants in [(CompiledKernels(4096), loops), (CompiledKernels(), True)]:
             layer.changed()
             past = Past(layer, kernels.view(layer), *window_of(layer, q, k, v, 9))
             out = kernels.attend_step(past, q, call)
@@ -256,6 +256,23 @@ def test_compile_decode_on_the_cpu_gives_the_same_tokens(compiler):
         hfkv.decode_report(model)
 
 
+def test_without_being_asked_once_there_is_enough_to_read(compiler, monkeypatch):
+    model, ids = tiny_llama(), torch.randint(1, 256, (2, 150), generator=torch.Generator().manual_seed(1))
+    config = LeanKVConfig.preset("balanced")
+    want = generated(model, ids, LeanKVCache(config))
+    monkeypatch.setattr(select, "LEAST", 600)  # reached in the midst of generating
+    built_step, first = compiled.built_step, []
+
+    def noted(shape, folding):
+        first.append(cache.get_seq_length())
+        return built_step(shape, folding)
+
+    monkeypatch.setattr(compiled, "built_step", noted)
+    cache = LeanKVCache(config)
+    assert torch.equal(generated(model, ids, cache), want)
+    assert cache.report().backend == "inductor" and first[0] > 170
+
+
 def test_the_variable_asks_for_loops(monkeypatch, compiler):
     monkeypatch.setenv("HFKV_BACKEND", "inductor")
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
@@ -266,8 +283,9 @@ def test_the_variable_asks_for_loops(monkeypatch, compiler):
 
 def test_loops_are_used_on_the_cpu_unless_another_backend_is_forced(monkeypatch):
     layer, _, _ = make_layer([(64, 64)], ((8, 4), (4, 2)), 64, 64)
+    monkeypatch.setattr(select, "LEAST", compiled.LEAST)
     by_itself = kernels_for(CPU, layer.layouts, torch.float32, {})
-    assert (by_itself.least, by_itself.name) == (compiled.LEAST, "torch")
+    assert (by_itself.least, by_itself.name) == (4096, "torch")
     monkeypatch.setenv("HFKV_BACKEND", "torch")
     assert type(kernels_for(CPU, layer.layouts, torch.float32, {}, compiled=True)) is PlainKernels
 
