@@ -222,8 +222,8 @@ def compile_decode(model: PreTrainedModel) -> PreTrainedModel:
     tokens at once and whatever else does not fit run as always; `decode_report` says why. A model whose step waits for
     the device is left as it was, with one warning.
 
-    On the CPU attention reads packed codes by loops that `torch.compile` makes, once per page layout and for good; the
-    first step waits some seconds for its C++ compiler.
+    On the CPU nothing is captured, and attention reads packed codes by built loops however few there are; without this
+    call it does so once that pays (`hfkv.backends.built`).
 
     `hfkv.disable(model)` undoes it. Call it again after adapters or weights have been exchanged.
 
