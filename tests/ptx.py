@@ -115,6 +115,8 @@ def _step(name: str, x: list) -> np.ndarray:
         return np.uint32(x[0])
     if name == "and.b32":
         return x[0] & np.uint32(x[1])
+    if name == "xor.b32":
+        return x[0] ^ np.uint32(x[1])
     if name == "or.b32":
         return x[0] | x[1]
     if name == "shr.u32":
@@ -132,12 +134,13 @@ def _step(name: str, x: list) -> np.ndarray:
 
 
 def _permute(a, b, selector: int) -> np.ndarray:
-    """Byte i of the result is byte `selector`'s nibble i of the eight bytes of a, then b."""
-    assert all(selector >> (4 * i) & 8 == 0 for i in range(4)), "sign replication"
+    """Byte i of the result is byte `selector`'s nibble i of the eight bytes of a, then b; 8 more: its sign alone."""
     a, b = np.broadcast_arrays(np.uint32(a), np.uint32(b))
     both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     out = np.zeros_like(both)
     for i in range(4):
         byte = (both >> np.uint64(8 * (selector >> (4 * i) & 7))) & np.uint64(255)
+        if selector >> (4 * i) & 8:
+            byte = (byte >> np.uint64(7)) * np.uint64(255)
         out |= byte << np.uint64(8 * i)
     return out.astype(np.uint32)

@@ -79,18 +79,20 @@ def spread(words_ptr, out_ptr, PRODUCT: tl.constexpr):
     at = tl.arange(0, 4)[:, None] * 64 + tl.arange(0, 64)[None, :]
     tl.store(out_ptr + at, pages.byte_floats(words, 128, PRODUCT, 4, 64))
     tl.store(out_ptr + 256 + at, pages.byte_twelfths(words, PRODUCT, 4, 64))
+    tl.store(out_ptr + 512 + at, pages.byte_ints(words, False, PRODUCT, 4, 64).to(tl.float32))
+    tl.store(out_ptr + 768 + at, pages.byte_ints(words, True, PRODUCT, 4, 64).to(tl.float32))
 
 
 @pytest.mark.parametrize("product", [False, True])
 def test_metadata_bytes(product, monkeypatch):
     words = BYTES.flatten().view(torch.int32)
-    want, got = torch.zeros(2, 2, 256)
+    want, got = torch.zeros(2, 4, 256)
     spread[(1,)](words, want, PRODUCT=product)
     monkeypatch.setattr(pages, "PLAIN", tl.constexpr(False))
     ran = ptx.emulate(monkeypatch)
     spread[(1,)](words, got, PRODUCT=product)
-    assert ran and torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
+    assert ran and torch.equal(got, want)
+    assert torch.equal(got[3], got[0]) and torch.equal(got[2] - 128, got[0])
 
 
 CASES = [((K8V4, K4V2), 64, 64), (((4, 4), (3, 3)), 32, 32), (((8, 8), (2, 2)), 80, 32)]

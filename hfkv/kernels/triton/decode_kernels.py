@@ -20,6 +20,7 @@ from hfkv.kernels.triton.pages import (
     DENORMAL,
     SCALE_UNIT,
     byte_floats,
+    byte_ints,
     byte_pointers,
     byte_twelfths,
     codes_float,
@@ -33,7 +34,7 @@ from hfkv.kernels.triton.pages import (
     load_value_tops,
     load_value_zeros,
     load_values,
-    page_address,
+    page_addresses,
     product_order,
     to_code_order,
     to_product_order,
@@ -53,6 +54,10 @@ ZERO_ROWS = tl.constexpr(16)
 """Rows of a product's operand; the zeros of values fill them all."""
 
 INT8_TOP = tl.constexpr(127.0 * 256)
+"""Top of a query's codes: 256 features, the most there are, times 255, the most of a code less its zero, fit int32."""
+
+LANE_SUMS = tl.constexpr(8)
+"""Sums of weights that a query has until its item's end: columns of one number modulo 8 lie in one lane."""
 
 
 # ---- before: the query as the pages' operands -----------------------------------------------------------------------
@@ -316,15 +321,15 @@ def _attend_run(
         gain *= SCALE_UNIT
     added = (tl.load(terms_ptr + 2 * NH + i_n) / gain)[None, :, None]
     m = tl.full([W, NH], NOWHERE, tl.float32)
-    l = tl.zeros([W, NH], tl.float32)  # noqa: E741
+    l = tl.zeros([W, NH, LANE_SUMS], tl.float32)  # noqa: E741
     z = tl.zeros([W, ZERO_ROWS, NH], tl.float32)  # rows all alike: zeros are one more row of value codes
     BLOCK_V: tl.constexpr = VALUE.block
     a0 = tl.zeros([W, BLOCK_V, NH], tl.float32)
     a1, a2, a3 = a0, a0, a0
     steps = (pages + W - 1) // W
-    first, second, third, fourth = _addresses(ids_ptr, 0, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
+    addresses = _addresses(ids_ptr, 0, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
     for step in tl.range(0, steps, num_stages=STAGES):
-        page = _of_warps(first, second, third, fourth, W)
+        page = byte_pointers(addresses)
         k = load_keys(page, order, PAGE, dtype)
         v = load_values(page, PAGE, dtype)
         k_top, v_top = k, v
@@ -336,7 +341,7 @@ def _attend_run(
         z_row = v
         if VALUE.kind == 1:
             z_row = load_value_zeros(page, PAGE, ZERO_ROWS)
-        first, second, third, fourth = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
+        addresses = _addresses(ids_ptr, step + 1, pages, chunks_ptr, PAGE, SIGN, W, MASKED)
 
         x = _key_product(q0, q1, q2, q3, k, k_top, KEY, NH, FULL, W, P)
         s = _scores(x, ks, kz, total, KEY, FULL, PRODUCT, W, P) + added
@@ -348,11 +353,11 @@ def _attend_run(
             left = tl.where(step * W + warp < pages, tokens_left - (step * W + warp) * P, 0)
             s = tl.where(order[None, None, :] < left[:, None, None], s, float("-inf"))
 
-        m_new = tl.maximum(m, tl.max(s, 2))
-        alpha = tl.exp2((m - m_new) * unit[None, :])
-        t = s * unit[None, :, None] - (m_new * unit[None, :] + _reference(VALUE))[:, :, None]
+        m_new = tl.maximum(m, tl.max(s, 2) * unit[None, :] + _reference(VALUE))
+        alpha = tl.exp2(m - m_new)
+        t = s * unit[None, :, None] - m_new[:, :, None]
         p = tl.exp2(t)
-        l = l * alpha + tl.sum(p, 2)  # noqa: E741
+        l = l * alpha[:, :, None] + tl.sum(tl.reshape(p, (W, NH, P // LANE_SUMS, LANE_SUMS)), 2)  # noqa: E741
         if VALUE.kind == 1 or VALUE.kind == 2:
             pv = tl.exp2(t + byte_twelfths(vs, PRODUCT, W, P)[:, None, :])
         elif VALUE.kind == 3:
@@ -372,6 +377,10 @@ def _attend_run(
         if VALUE.kind == 1 or VALUE.kind == 2:
             z = _weigh_zeros(pv, scaling, z_row, z, VALUE, FULL, W, P)
 
+    if VALUE.bits == 4 and not FULL:  # the last slice holds whole bytes so far
+        a1 -= a0
+    if VALUE.bits == 2 and not FULL:
+        a3 -= a0 + a1 + a2
     if VALUE.kind == 1 and not FULL:
         z *= DENORMAL
     if VALUE.kind == 2:
@@ -380,10 +389,8 @@ def _attend_run(
         shift: tl.constexpr = SCALE_UNIT
     else:
         shift: tl.constexpr = 1.0
-    if CAPPED:
-        gain = tl.full([NH], 1.0, tl.float32)
     top = tl.max(m, 0)
-    f = tl.exp2((m - top[None, :]) * gain[None, :])
+    f = tl.exp2(m - top[None, :])
     zero = (tl.sum(tl.max(z, 1) * f, 0) * shift)[None, :]
     acc_ptr, stats_ptr = _partial(acc_ptr, stats_ptr, NH, DV)
     _store_slice(acc_ptr, a0, f, zero, shift, 0, VALUE, NH, DV, FULL)
@@ -392,8 +399,8 @@ def _attend_run(
     if VALUE.slices == 4:
         _store_slice(acc_ptr, a2, f, zero, shift, 2, VALUE, NH, DV, FULL)
         _store_slice(acc_ptr, a3, f, zero, shift, 3, VALUE, NH, DV, FULL)
-    tl.store(stats_ptr + i_n, top * gain + _reference(VALUE))
-    tl.store(stats_ptr + NH + i_n, tl.sum(l * f, 0))
+    tl.store(stats_ptr + i_n, top)
+    tl.store(stats_ptr + NH + i_n, tl.sum(tl.sum(l, 2) * f, 0))
 
 
 @triton.jit
@@ -422,38 +429,16 @@ def _query_slice(
 def _addresses(
     ids_ptr, step, pages, chunks_ptr, PAGE: tl.constexpr, SIGN: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Addresses of the pages of one step, as scalars: vectors would be loaded once per layout that they meet.
+    """Addresses [W] of the pages of one step.
 
     Behind the end it is the last step's, or the last page where a step may have fewer pages than warps.
     """
-    if MASKED:
-        first = page_address(ids_ptr + SIGN * tl.minimum(step * W, pages - 1), 0, chunks_ptr, PAGE)
-        second, third, fourth = first, first, first
-        if W >= 2:
-            second = page_address(ids_ptr + SIGN * tl.minimum(step * W + 1, pages - 1), 0, chunks_ptr, PAGE)
-        if W == 4:
-            third = page_address(ids_ptr + SIGN * tl.minimum(step * W + 2, pages - 1), 0, chunks_ptr, PAGE)
-            fourth = page_address(ids_ptr + SIGN * tl.minimum(step * W + 3, pages - 1), 0, chunks_ptr, PAGE)
-    else:
-        ids_ptr += SIGN * tl.minimum(step * W, pages - W)
-        first = page_address(ids_ptr, 0, chunks_ptr, PAGE)
-        second, third, fourth = first, first, first
-        if W >= 2:
-            second = page_address(ids_ptr, SIGN, chunks_ptr, PAGE)
-        if W == 4:
-            third = page_address(ids_ptr, 2 * SIGN, chunks_ptr, PAGE)
-            fourth = page_address(ids_ptr, 3 * SIGN, chunks_ptr, PAGE)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _of_warps(first, second, third, fourth, W: tl.constexpr):
-    """Four scalars -> pointers [W]."""
     warp = tl.arange(0, W)
-    address = tl.where(warp == 0, first, second)
-    if W == 4:
-        address = tl.where(warp < 2, address, tl.where(warp == 2, third, fourth))
-    return byte_pointers(address)
+    if MASKED:
+        i = tl.minimum(step * W + warp, pages - 1)
+    else:
+        i = tl.minimum(step * W, pages - W) + warp
+    return page_addresses(ids_ptr + SIGN * i, chunks_ptr, PAGE)
 
 
 @triton.jit
@@ -469,7 +454,7 @@ def _wide_meta(x, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
 def _key_product(
     q0, q1, q2, q3, k, top, KEY: tl.constexpr, NH: tl.constexpr, FULL: tl.constexpr, W: tl.constexpr, P: tl.constexpr
 ):
-    """q . stored codes, float32 [W, NH, P], in units of A."""
+    """q . stored codes [W, NH, P] in units of A: int32 from codes, else float32."""
     if FULL:
         x = tl.dot(q0, tl.permute(codes_float(k, top, KEY, 0), (0, 2, 1)), input_precision="ieee")
         if KEY.slices >= 2:
@@ -489,7 +474,7 @@ def _key_product(
             x = tl.dot(q2, tl.permute(codes_int8(k, top, KEY, 2), (0, 2, 1)), x, out_dtype=tl.int32)
             x = tl.dot(q3, tl.permute(codes_int8(k, top, KEY, 3), (0, 2, 1)), x, out_dtype=tl.int32)
         high, low = _halves(x, NH, W, P)
-        return (high * 256 + low).to(tl.float32)
+        return high * 256 + low
 
 
 @triton.jit
@@ -510,12 +495,15 @@ def _scores(
         scale, zero = _wide_meta(ks, PRODUCT, W, P), _wide_meta(kz, PRODUCT, W, P)
         if KEY.signed:
             zero += 128.0 * scale
-        return x * scale[:, None, :] + total * zero[:, None, :]
+        return x.to(tl.float32) * scale[:, None, :] + total * zero[:, None, :]
     else:
         if KEY.kind == 2:
-            x -= KEY.center * total
-        else:
-            x -= byte_floats(kz, 128 if KEY.signed else 0, PRODUCT, W, P)[:, None, :] * total
+            x = x.to(tl.float32) - KEY.center * total
+        elif FULL:
+            x = x.to(tl.float32) - byte_floats(kz, 128 if KEY.signed else 0, PRODUCT, W, P)[:, None, :] * total
+        else:  # the sum's sign is turned while it is a float: the compiler would turn that of every zero instead
+            x += byte_ints(kz, KEY.signed, PRODUCT, W, P)[:, None, :] * (-total).to(tl.int32)
+            x = x.to(tl.float32)
         return x * tl.exp2(byte_twelfths(ks, PRODUCT, W, P))[:, None, :]
 
 
@@ -538,7 +526,10 @@ def _reference(VALUE: tl.constexpr):
 
 @triton.jit
 def _weigh(p, alpha, v, top, a0, a1, a2, a3, VALUE: tl.constexpr, FULL: tl.constexpr):
-    """Accumulators [W, block, NH], one per slice of the value codes, plus codes times p [W, P, NH]."""
+    """Accumulators [W, block, NH], one per slice of the value codes, plus codes times p [W, P, NH].
+
+    Of 4- and 2-bit codes the last slice takes whole bytes.
+    """
     if FULL:
         a0 = tl.dot(codes_float(v, top, VALUE, 0), p, a0 * alpha, input_precision="ieee")
         if VALUE.slices >= 2:

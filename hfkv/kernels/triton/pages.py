@@ -113,19 +113,18 @@ def _side(layout: PageLayout, name: str) -> Side:
 
 
 @triton.jit
-def page_address(id_ptr, OFFSET: tl.constexpr, chunks_ptr, PAGE: tl.constexpr):
-    """Byte address int64 of the page `id_ptr[OFFSET]`, through the table of chunk addresses.
+def page_addresses(id_ptr, chunks_ptr, PAGE: tl.constexpr):
+    """Byte addresses int64 of the pages whose ids lie at `id_ptr`, through the table of chunk addresses.
 
     By assembly, since a loop's pipeline would take both loads through shared memory and three barriers.
     """
     BYTES: tl.constexpr = PAGE.bytes
     if PLAIN:
-        page = tl.load(id_ptr + OFFSET)
+        page = tl.load(id_ptr)
         return tl.load(chunks_ptr + (page >> SLOT_BITS)) + (page & SLOT_MASK).to(tl.int64) * BYTES
     else:
-        AT: tl.constexpr = 4 * OFFSET
         return tl.inline_asm_elementwise(
-            f"""{{ .reg .b32 p, c; .reg .b64 a; ld.global.nc.b32 p, [$1 + {AT}];
+            f"""{{ .reg .b32 p, c; .reg .b64 a; ld.global.nc.b32 p, [$1];
             shr.u32 c, p, {SLOT_BITS}; mad.wide.u32 a, c, 8, $2; ld.global.nc.b64 a, [a];
             and.b32 p, p, {SLOT_MASK}; mad.wide.u32 $0, p, {BYTES}, a; }}""",
             "=l,l,l",
@@ -241,20 +240,19 @@ def load_meta(page, PAGE: tl.constexpr, W: tl.constexpr):
     FIELDS: tl.constexpr = PAGE.byte_fields
     o = tl.arange(0, P)[None, :]
     ks, kz, vs, vz = 0, 0, 0, 0
-    if FIELDS == 2:
-        at = (page + KEY.scale).to(tl.pointer_type(tl.int32))[:, None] + tl.arange(0, P // 2)[None, :]
-        ks, vs = tl.split(tl.permute(tl.reshape(tl.load(at), (W, 2, P // 4)), (0, 2, 1)))
-    elif FIELDS > 2:
-        at = (page + KEY.scale).to(tl.pointer_type(tl.int32))[:, None] + o
-        if FIELDS == 3:
-            words = tl.load(at, mask=o < FIELDS * P // 4, other=0)
-        else:
-            words = tl.load(at)
+    if FIELDS > 0:
+        # Eight rows, the last one repeated, are sixteen bytes a lane: of pages of 64 tokens a lane then copies the same
+        # page as of rows of codes, and one chain of addresses serves all.
+        row = tl.minimum(tl.arange(0, 8), FIELDS - 1)
+        o = row[None, :, None] * (P // 4) + tl.arange(0, P // 4)[None, None, :]
+        words = tl.load((page + KEY.scale).to(tl.pointer_type(tl.int32))[:, None, None] + o)
+        words, _ = tl.split(tl.permute(tl.reshape(words, (W, 2, P)), (0, 2, 1)))
         scales, zeros = tl.split(tl.permute(tl.reshape(words, (W, 2, 2, P // 4)), (0, 3, 2, 1)))  # [W, P / 4, 2]
         ks, vs = tl.split(scales)
-        kz, vz = tl.split(zeros)
-        if KEY.kind != 1:
-            kz, vz = vz, kz
+        if FIELDS > 2:
+            kz, vz = tl.split(zeros)
+            if KEY.kind != 1:
+                kz, vz = vz, kz
     else:
         if KEY.kind == 3:
             ks = tl.load((page + KEY.scale).to(tl.pointer_type(tl.float16))[:, None] + o)
@@ -286,6 +284,35 @@ def byte_twelfths(words, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr
     else:
         a, b, c, d = _magic_bytes(words)
         return tl.fma(_spread(a, b, c, d, PRODUCT, W, P), STEP, -MAGIC * STEP)
+
+
+@triton.jit
+def byte_ints(words, SIGNED: tl.constexpr, PRODUCT: tl.constexpr, W: tl.constexpr, P: tl.constexpr):
+    """Bytes of words as int32, less 128 where SIGNED. Shapes: `byte_floats`."""
+    if PLAIN:
+        return _plain_bytes(words, PRODUCT, W, P).to(tl.int32) - (128 if SIGNED else 0)
+    else:
+        if SIGNED:  # a byte with its top bit turned is a signed number: extended
+            a, b, c, d = tl.inline_asm_elementwise(
+                """{ .reg .b32 x; xor.b32 x, $4, 0x80808080; prmt.b32 $0, x, 0, 0x8880; prmt.b32 $1, x, 0, 0x9991;
+                prmt.b32 $2, x, 0, 0xAAA2; prmt.b32 $3, x, 0, 0xBBB3; }""",
+                "=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                """prmt.b32 $0, $4, 0, 0x4440; prmt.b32 $1, $4, 0, 0x4441;
+                prmt.b32 $2, $4, 0, 0x4442; prmt.b32 $3, $4, 0, 0x4443;""",
+                "=&r,=&r,=&r,=&r,r",
+                [words],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+                is_pure=True,
+                pack=1,
+            )
+        return _spread(a, b, c, d, PRODUCT, W, P)
 
 
 @triton.jit
@@ -380,14 +407,16 @@ def denormal(x):
 
 @triton.jit
 def denormal_halves(x):
-    """The two 4-bit fields of bytes as fp16, field i as code * 2^(4 i - 24), in the order of `denormal`."""
+    """The lower 4-bit field of bytes, and the whole bytes, as fp16 numbers of 2^-24 in the order of `denormal`.
+
+    Whoever multiplies both has the upper field by a difference at the end; to cut it out costs one instruction more.
+    """
     if PLAIN:
-        return denormal(x & 0x0F), denormal(x & 0xF0)
+        return denormal(x & 0x0F), denormal(x)
     else:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a; shr.u32 a, $4, 8;
-            and.b32 $0, $4, 0x000f000f; and.b32 $1, a, 0x000f000f;
-            and.b32 $2, $4, 0x00f000f0; and.b32 $3, a, 0x00f000f0; }""",
+            """{ .reg .b32 a; and.b32 $2, $4, 0x00ff00ff; prmt.b32 a, $4, 0, 0x4341; mov.b32 $3, a;
+            and.b32 $0, $4, 0x000f000f; and.b32 $1, a, 0x000f000f; }""",
             "=&r,=&r,=&r,=&r,r",
             [x],
             dtype=(tl.float16, tl.float16),
@@ -398,16 +427,15 @@ def denormal_halves(x):
 
 @triton.jit
 def denormal_quarters(x):
-    """The four 2-bit fields of bytes as fp16, field i as code * 2^(2 i - 24), in the order of `denormal`."""
+    """The lower three 2-bit fields of bytes, field i as code * 2^(2 i), and the whole bytes: see `denormal_halves`."""
     if PLAIN:
-        return denormal(x & 3), denormal(x & 12), denormal(x & 48), denormal(x & 192)
+        return denormal(x & 3), denormal(x & 12), denormal(x & 48), denormal(x)
     else:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 a; shr.u32 a, $8, 8;
+            """{ .reg .b32 a; and.b32 $6, $8, 0x00ff00ff; prmt.b32 a, $8, 0, 0x4341; mov.b32 $7, a;
             and.b32 $0, $8, 0x00030003; and.b32 $1, a, 0x00030003;
             and.b32 $2, $8, 0x000c000c; and.b32 $3, a, 0x000c000c;
-            and.b32 $4, $8, 0x00300030; and.b32 $5, a, 0x00300030;
-            and.b32 $6, $8, 0x00c000c0; and.b32 $7, a, 0x00c000c0; }""",
+            and.b32 $4, $8, 0x00300030; and.b32 $5, a, 0x00300030; }""",
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
             [x],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
