@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from rows import RESULTS, merge_csv
@@ -33,7 +34,8 @@ from transformers import (
     QuantizedCache,
 )
 
-from hfkv import LeanKVCache, LeanKVConfig, compile_decode
+from hfkv import LeanKVCache, LeanKVConfig
+from hfkv.backends.select import VARIABLE
 from hfkv.bench.timing import peak_above
 from hfkv.demo import smollm2
 from hfkv.demo.measures import fill
@@ -42,44 +44,43 @@ from hfkv.demo.texts import continuations
 
 @dataclass(frozen=True)
 class Kind:
-    """A cache to time: how to make it, the model it runs with (a name of MODELS), and the package it needs."""
+    """A cache to time: how to make it, the model's attention, the package it needs, and the backend it is to run on."""
 
-    model: str
+    attention: str
     new_cache: Callable[[PretrainedConfig], Cache]
     package: str = "torch"
+    backend: str = "auto"
 
     @property
     def available(self) -> bool:
         top = self.package.split(".")[0]
         return importlib.util.find_spec(top) is not None and importlib.util.find_spec(self.package) is not None
 
+    def filled(self, model: PreTrainedModel, ids: list[int]) -> Cache:
+        """A new cache with a prompt in it."""
+        with patch.dict(os.environ, {VARIABLE: self.backend}):
+            return fill(model, ids, self.new_cache(model.config))
 
-def _lean(preset: str, model: str = "leankv") -> Kind:
-    return Kind(model, lambda _: LeanKVCache(LeanKVConfig.preset(preset)))
+
+def _lean(preset: str, backend: str = "auto") -> Kind:
+    return Kind("leankv", lambda _: LeanKVCache(LeanKVConfig.preset(preset)), backend=backend)
 
 
-MODELS = ("sdpa", "leankv", "leankv, compile_decode")
-
+PRESETS = ("k8v4", "balanced", "aggressive")
 TABLE = RESULTS / "decode_cpu.csv"
 REFERENCE = "DynamicCache, sdpa"
 KINDS = {
     REFERENCE: Kind("sdpa", lambda _: DynamicCache()),
     "DynamicCache, leankv": Kind("leankv", lambda _: DynamicCache()),
-    "k8v4": _lean("k8v4"),
-    "balanced": _lean("balanced"),
-    "aggressive": _lean("aggressive"),
-    "k8v4, compile_decode": _lean("k8v4", "leankv, compile_decode"),
-    "balanced, compile_decode": _lean("balanced", "leankv, compile_decode"),
-    "aggressive, compile_decode": _lean("aggressive", "leankv, compile_decode"),
+    **{preset: _lean(preset) for preset in PRESETS},
+    **{f"{preset}, plain torch": _lean(preset, "torch") for preset in PRESETS},
     "QuantizedCache, quanto 4 bit": Kind("sdpa", lambda c: QuantizedCache("quanto", c, nbits=4), "optimum.quanto"),
     "QuantizedCache, hqq 4 bit": Kind("sdpa", lambda c: QuantizedCache("hqq", c, nbits=4), "hqq"),
 }
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """One of MODELS."""
-    model, tokenizer = smollm2.load(dtype=torch.float32, attn_implementation=name.split(",")[0])
-    return (compile_decode(model) if name.endswith("compile_decode") else model), tokenizer
+def load(attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return smollm2.load(dtype=torch.float32, attn_implementation=attention)
 
 
 @dataclass
@@ -96,10 +97,8 @@ def time_prompts(
     """Fill every cache `repeats` times in turn; the last fillings are kept."""
     times, caches = {name: Times() for name in names}, {}
     for name in tqdm(names * repeats, desc=f"{len(ids)} tokens, prompts"):
-        model = models[KINDS[name].model]
-        cache = KINDS[name].new_cache(model.config)
         start = time.perf_counter()
-        caches[name] = fill(model, ids, cache)
+        caches[name] = KINDS[name].filled(models[KINDS[name].attention], ids)
         times[name].prompts.append(time.perf_counter() - start)
     return times, caches
 
@@ -113,7 +112,7 @@ def time_steps(
         step = torch.tensor([[token]])
         for name, cache in caches.items():
             start = time.perf_counter()
-            models[KINDS[name].model](step, past_key_values=cache)
+            models[KINDS[name].attention](step, past_key_values=cache)
             if number >= 2:
                 times[name].steps.append(time.perf_counter() - start)
 
@@ -129,11 +128,11 @@ def prompt_peak(name: str, tokens: int, threads: int) -> int:
 def measure_peak(name: str, tokens: int) -> int:
     """What the fresh process does."""
     kind = KINDS[name]
-    model, tokenizer = load(kind.model)
+    model, tokenizer = load(kind.attention)
     ids = next(continuations(tokenizer, tokens, 1, seed=0)).context
     fill(model, ids[:64], DynamicCache())  # what any first forward allocates for good
     held: list[Cache] = []  # alive until the mark is read
-    peak = peak_above(torch.device("cpu"), lambda: held.append(fill(model, ids, kind.new_cache(model.config))))
+    peak = peak_above(torch.device("cpu"), lambda: held.append(kind.filled(model, ids)))
     if peak is None:
         raise OSError("the peak of resident memory can only be read on Linux with glibc")
     return peak
@@ -187,7 +186,7 @@ def main() -> None:
     for name in (name for name in args.caches if not KINDS[name].available):
         print(f"{name} is left out: package {KINDS[name].package} is not installed")
     names = [name for name in args.caches if KINDS[name].available]
-    models = {name: load(name)[0] for name in MODELS if any(KINDS[cache].model == name for cache in names)}
+    models = {attention: load(attention)[0] for attention in {KINDS[name].attention for name in names}}
     tokenizer = smollm2.load(dtype=torch.float32)[1]
     for tokens in args.lengths:
         text = next(continuations(tokenizer, tokens, args.steps + 2, seed=0))

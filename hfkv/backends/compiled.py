@@ -12,7 +12,7 @@ from hfkv.backends.built import Step, built_step
 from hfkv.backends.plain import PlainKernels, StillWork
 from hfkv.handle import Chunk
 from hfkv.kernels.decode_attention import WorkList
-from hfkv.kernels.loops import StepShape, TierPages
+from hfkv.kernels.loops import StepShape, TierPages, by_bytes
 from hfkv.paging.addressed import loop_pages
 from hfkv.paging.packed import PackedLayer
 
@@ -126,5 +126,6 @@ def _arguments(past: Past, work: WorkList, q: Tensor, call: Call) -> tuple:
     window, folding = past.window, work.folding
     k, v = (x.contiguous().flatten(0, 1) for x in (window.k, window.v))
     rows = q.contiguous().view(work.rows, -1, *q.shape[2:])
-    sinks = sink_rows(q, window.heads, call)
-    return rows, k, v, past.fill.of_rows(window.heads), sinks, folding.queries, work.mean, list(folding.values)
+    filled, sinks = past.fill.of_rows(window.heads), sink_rows(q, window.heads, call)
+    into = by_bytes(folding, tuple(past.packed.layouts))
+    return rows, k, v, filled, sinks, into, work.mean, list(folding.values)

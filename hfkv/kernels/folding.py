@@ -19,9 +19,9 @@ from torch import Tensor
 from hfkv.quant import Codec, PageLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Folding:
-    """The maps of a layer's tiers under its rotations.
+    """The maps of a layer's tiers under its rotations; the same only as itself.
 
     Attributes:
         queries: float32 [key_dim, n]: a plain query times it holds, side by side, what each tier's `keys` name, the

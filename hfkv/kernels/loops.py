@@ -8,6 +8,7 @@ reads all codes anew. Run eagerly every term of its sums would be a tensor, so i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.decode_attention import cap
+from hfkv.kernels.folding import Folding
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
 TierPages = tuple[Tensor, Tensor, Tensor]
-"""Pages of a tier: uint8 [any, page_bytes]; which of them belong to a row, int64 [rows, n]; and how many slots of each
-are filled, int32 [rows, n]."""
+"""Pages of a tier: int32 words [any, page_bytes / 4]; which of them belong to a row, int64 [rows, n]; and how many
+slots of each are filled, int32 [rows, n]."""
+
+BYTES = 4
+"""Of a word. Whole words are what processors load, shift and convert by the vector; single bytes they are not."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class StepShape:
 
 
 def fits(layout: PageLayout) -> bool:
-    """Whether pages of this layout can be read by loops: codes on both sides, with scales and zeros of one byte."""
-    return layout.pack is None and layout.byte_metadata and layout.tokens % 16 == 0
+    """Whether pages of this layout can be read by loops: codes on both sides, in words; scales and zeros of a byte."""
+    if layout.pack is not None or not layout.byte_metadata or layout.tokens % 16:
+        return False
+    return all(count % BYTES == 0 for first, width, _ in layout.key.planes for count in (first, width))
 
 
 def step_loops(shape: StepShape) -> Callable[..., Tensor]:
     """The attention of a step's queries, whose tokens are the newest of the window; a row is a KV head of a sequence.
 
     Its arguments: q [rows, groups, queries, D]; keys and values of the window [rows, slots, dim], of which int64 [rows]
-    are filled; sinks [rows, groups * queries] or None; `Folding.queries`; mean keys [rows, D] or None; a list of
-    `Folding.values`; and a list of the pages of each tier.
+    are filled; sinks [rows, groups * queries] or None; `Folding.queries` as `by_bytes` has them; mean keys [rows, D] or
+    None; a list of `Folding.values`; and a list of the pages of each tier.
     It returns [rows, groups, queries, Dv].
     """
 
@@ -89,9 +96,9 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         exact = torch.where(seen, cap(exact, shape.softcap), float("-inf"))
         largest, packed = exact.amax(-1), []
         for tier, (pages, which, used) in enumerate(tiers):
-            logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, tokens]
-            held = torch.arange(shape.layouts[tier].tokens) < used[:, None, :, None]
-            logits = torch.where(held, logits, float("-inf"))
+            logits = _logits(shape, tier, pages[which], folded, constant)  # [rows, groups * queries, n, BYTES, words]
+            token = torch.arange(shape.layouts[tier].tokens).view(-1, BYTES).T
+            logits = torch.where(token < used[:, None, :, None, None], logits, float("-inf"))
             largest = torch.maximum(largest, logits.flatten(2).amax(-1))
             packed.append(logits)
         largest = largest if sinks is None else torch.maximum(largest, sinks)
@@ -101,65 +108,134 @@ def step_loops(shape: StepShape) -> Callable[..., Tensor]:
         total = p.sum(-1) if sinks is None else p.sum(-1) + (sinks - largest).exp()
         out = (p[..., None] * window_v.float()[:, None]).sum(2)  # [rows, groups * queries, Dv]
         for layout, (pages, which, _), logits, matrix in zip(shape.layouts, tiers, packed, back, strict=True):
-            p = (logits - largest[..., None, None]).exp()
+            p = (logits - largest[..., None, None, None]).exp()
             total = total + p.flatten(2).sum(-1)
-            out = out + _product(_sums(layout, pages[which], p), matrix)
+            out = out + _product(_sums(shape, layout, pages[which], p), matrix)
         out = out / total.clamp_min(1e-30)[..., None]
         return out.unflatten(1, (shape.groups, queries)).to(q.dtype)
 
     return step
 
 
+@functools.lru_cache(maxsize=64)
+def by_bytes(folding: Folding, layouts: tuple[PageLayout, ...]) -> Tensor:
+    """`Folding.queries` with the columns of each field of keys by their bytes in words: first bytes, then second ..."""
+    order = torch.arange(folding.queries.shape[1])
+    for columns, layout in zip(folding.keys, layouts, strict=True):
+        first = columns.start
+        for _, width, bits in layout.key.planes:
+            for _ in range(0, 8, bits):
+                order[first : first + width] = order[first : first + width].view(-1, BYTES).T.flatten()
+                first += width
+    return folding.queries[:, order]
+
+
 def _logits(shape: StepShape, tier: int, stored: Tensor, folded: Tensor, constant: Tensor | None) -> Tensor:
-    """Logits of folded queries over pages [rows, n, page_bytes], which are never made."""
+    """Logits [rows, queries, n, BYTES, words] of folded queries over pages [rows, n, words], which are never made.
+
+    The tokens of a page are ordered as their values and metadata lie: by the byte of a word, then by word.
+    """
     layout, codec, q = shape.layouts[tier], shape.layouts[tier].key, folded[..., slice(*shape.keys[tier])]
-    codes = _part(layout, stored, "key").unflatten(2, (layout.tokens, codec.rows))
-    products: Tensor | float = 0.0
-    for plane in _planes(codec, codes, 3):
-        terms = [field[:, None] * q[:, :, None, None, columns] for columns, field in plane]
-        products = products + sum(terms[1:], terms[0]).sum(-1)
-    zero = _part(layout, stored, "key_zero")[:, None].float() if codec.zero_bytes else codec.center
-    logits = (products - folded[..., slice(*shape.total)][..., None] * zero) * _scales(layout, stored, "key_scale")
-    return cap(logits if constant is None else logits + constant[..., None, None], shape.softcap)
+    codes = _part(layout, stored, "key").unflatten(2, (-1, BYTES, codec.rows // BYTES)).transpose(2, 3)
+    planes = _planes(codec, codes, 4)
+
+    def products(q: Tensor) -> Tensor:
+        """q [rows, any, columns] -> [rows, any, n, BYTES, words]"""
+        total: Tensor | float = 0.0
+        for plane in planes:
+            terms = [field[:, None] * q[:, :, None, None, None, columns] for columns, field in plane]
+            total = total + sum(terms[1:], terms[0]).sum(-1)
+        assert isinstance(total, Tensor)
+        return total
+
+    zero = _bytes(layout, stored, "key_zero")[:, None] if codec.zero_bytes else codec.center
+    shifted = _by_query(shape, q, products) - folded[..., slice(*shape.total)][..., None, None] * zero
+    logits = shifted * _scales(layout, stored, "key_scale")
+    return cap(logits if constant is None else logits + constant[..., None, None, None], shape.softcap)
 
 
-def _sums(layout: PageLayout, stored: Tensor, p: Tensor) -> Tensor:
-    """Sums by p [rows, queries, n, tokens] of codes, and of zeros or of the weights: [rows, queries, columns + 1].
+def _sums(shape: StepShape, layout: PageLayout, stored: Tensor, p: Tensor) -> Tensor:
+    """Sums by p [rows, queries, n, BYTES, words] of codes, then of zeros or weights: [rows, queries, columns + 1].
 
-    Pages are added up before tokens are: a token's sum stays in its lane of a vector.
+    Pages are added up before words are: a word's sum stays in its lane of a vector.
     """
     codec = layout.value
-    weights = (p * _scales(layout, stored, "value_scale"))[:, :, :, None]  # [rows, queries, n, 1, tokens]
-    codes = _part(layout, stored, "value").unflatten(2, (codec.rows, layout.tokens))
-    fields = [field for plane in _planes(codec, codes, 2) for _, field in plane]
-    zero = _part(layout, stored, "value_zero")[:, None, :, None].float() if codec.zero_bytes else 1.0
-    return torch.cat([*((weights * field[:, None]).sum(2) for field in fields), (weights * zero).sum(2)], 2).sum(-1)
+    codes = _part(layout, stored, "value").unflatten(2, (codec.rows, layout.tokens // BYTES))
+    fields: list[list[Tensor]] = []  # per field the codes of each byte, [rows, n, width, words]
+    for plane in _planes(codec, codes, 2, BYTES):
+        parts = [field for _, field in plane]
+        fields += [parts[first : first + BYTES] for first in range(0, len(parts), BYTES)]
+    zero = _bytes(layout, stored, "value_zero")[:, None] if codec.zero_bytes else 1.0
+
+    def sums(weights: Tensor) -> Tensor:
+        """Weights [rows, any, n, BYTES, words]"""
+        found = []
+        for field in fields:
+            terms = [weights[:, :, :, j, None] * codes[:, None] for j, codes in enumerate(field)]
+            found.append(sum(terms[1:], terms[0]).sum(2).sum(-1))  # [rows, any, width]
+        return torch.cat([*found, (weights * zero).sum(3).sum(2).sum(-1, keepdim=True)], 2)
+
+    return _by_query(shape, p * _scales(layout, stored, "value_scale"), sums)
+
+
+def _by_query(shape: StepShape, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`of` x [rows, queries, ...]; where it is known how many queries there are, one by one.
+
+    The compiler then fuses them into one loop, in which a code is taken out of its word once for all of them. They are
+    put together flat: of four dimensions and more, one of which is 1, it may take the queries for the innermost.
+    """
+    if not shape.single[1]:
+        return of(x)
+    parts = [of(x[:, i : i + 1]) for i in range(shape.groups)]
+    return torch.cat([part.flatten(2) for part in parts], 1).unflatten(2, parts[0].shape[2:])
 
 
 def _part(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
-    """The bytes of a part of pages [..., page_bytes]."""
+    """The words of a part of pages [..., words]."""
     start, stop = layout.fields[name]
-    return stored[..., start:stop]
+    return stored[..., start // BYTES : stop // BYTES]
+
+
+def _bytes(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
+    """Metadata of a byte, float32 [rows, n, BYTES, words]."""
+    shifts = torch.arange(0, 8 * BYTES, 8, dtype=torch.int32)[:, None]
+    return ((_part(layout, stored, name)[:, :, None] >> shifts) & 255).float()
 
 
 def _scales(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
-    """Scales float32 [rows, 1, n, tokens]: an exp, which the compiler does not do again for every use."""
-    return ((_part(layout, stored, name)[:, None].float() - SCALE_BIAS) * (math.log(2) / SCALE_STEPS)).exp()
+    """Scales float32 [rows, 1, n, BYTES, words]: an exp, which the compiler does not do again for every use."""
+    return ((_bytes(layout, stored, name)[:, None] - SCALE_BIAS) * (math.log(2) / SCALE_STEPS)).exp()
 
 
-def _planes(codec: Codec, codes: Tensor, dim: int) -> list[list[tuple[slice, Tensor]]]:
-    """Per plane the codes in each field of its bytes, which lie along `dim`, as (columns, float32)."""
+def _planes(codec: Codec, words: Tensor, dim: int, per_row: int = 1) -> list[list[tuple[slice, Tensor]]]:
+    """Per plane the codes in each field of its bytes, float32, field by field and byte by byte.
+
+    Args:
+        words: int32; rows of a plane lie along `dim`, as words of them where `per_row` is 1.
+        per_row: words of how many rows there are in one row of a plane: BYTES for values, whose words lie along tokens.
+
+    Returns:
+        Of each field and byte (columns of `by_bytes`, codes).
+    """
     planes, column = [], 0
     for first, width, bits in codec.planes:
-        stored, fields = codes.narrow(dim, first, width), []
-        stored = stored ^ codec.stored_zero if codec.signed else stored
-        for shift in range(0, 8, bits):
-            field = stored >> shift if shift else stored
-            field = field & (2**bits - 1) if shift + bits < 8 else field
-            fields.append((slice(column, column + width), field.float()))
-            column += width
+        share = BYTES // per_row
+        stored, fields = words.narrow(dim, first // share, width // share), []
+        stored = stored ^ _repeated(codec.stored_zero) if codec.signed else stored
+        for field in range(0, 8, bits):
+            for byte in range(BYTES):
+                shift, columns = 8 * byte + field, slice(column, column + width // share)
+                codes = stored >> shift if shift else stored
+                fields.append((columns, (codes & (2**bits - 1)).float()))
+                column += width // BYTES
         planes.append(fields)
     return planes
+
+
+def _repeated(byte: int) -> int:
+    """The int32 that has a byte four times."""
+    word = byte * 0x01010101
+    return word - (1 << 32) if word >> 31 else word
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:

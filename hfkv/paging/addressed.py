@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from hfkv.kernels.loops import TierPages, fits
+from hfkv.kernels.loops import BYTES, TierPages, fits
 from hfkv.paging.packed import PackedLayer
 from hfkv.paging.pool import WORD
 from hfkv.quant import PageLayout
@@ -42,15 +42,16 @@ def _tier_pages(packed: PackedLayer, tier: int) -> TierPages:
 
 
 def _memory(base: int, size: int, layout: PageLayout) -> Tensor:
-    """`size` bytes from an address on as pages, each a word behind the one before; what lies between is never read."""
-    return _overlapping(torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.uint8), layout)
+    """`size` bytes from an address on as pages, each WORD bytes behind the one before; those between are never read."""
+    return _overlapping(torch.frombuffer((ctypes.c_uint8 * size).from_address(base), dtype=torch.int32), layout)
 
 
 def no_pages(layout: PageLayout, count: int = 2) -> Tensor:
-    """Pages of zeros, uint8 [count, page_bytes], each a word behind the one before."""
-    return _overlapping(torch.zeros(WORD * (count - 1) + layout.page_bytes, dtype=torch.uint8), layout)
+    """Pages of zeros, int32 [count, page_bytes / 4], each WORD bytes behind the one before."""
+    return _overlapping(torch.zeros((WORD * (count - 1) + layout.page_bytes) // BYTES, dtype=torch.int32), layout)
 
 
 def _overlapping(memory: Tensor, layout: PageLayout) -> Tensor:
-    """Every page that could begin at a word of memory uint8 [bytes]: a view [any, page_bytes]."""
-    return memory.as_strided(((memory.numel() - layout.page_bytes) // WORD + 1, layout.page_bytes), (WORD, 1))
+    """Every page that could begin WORD bytes behind another in memory int32 [n]: a view [any, page_bytes / 4]."""
+    words, step = layout.page_bytes // BYTES, WORD // BYTES
+    return memory.as_strided(((memory.numel() - words) // step + 1, words), (step, 1))
