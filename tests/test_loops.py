@@ -17,7 +17,8 @@ from hfkv.backends import built, compiled, kernels_for, select
 from hfkv.backends.compiled import CompiledKernels
 from hfkv.backends.plain import PlainKernels
 from hfkv.fill import Fill
-from hfkv.kernels.loops import step_loops
+from hfkv.kernels.loops import fits, step_loops
+from hfkv.quant import PageLayout
 from hfkv.window import Window
 
 CPU = torch.device("cpu")
@@ -137,6 +138,13 @@ def test_few_tokens_are_left_to_the_twin_unless_loops_are_asked_for(uncompiled):
 
 
 # ---- built and kept --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bits, dim, words", [(8, 72, True), (4, 72, True), (2, 72, False), (3, 64, True), (3, 80, False)]
+)
+def test_keys_that_are_no_whole_words_are_not_for_loops(bits, dim, words):
+    assert fits(PageLayout.of((bits, 2), (dim, dim), torch.float32, "fitted", 64, True)) == words
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from hfkv.paging.packed import PackedLayer
 MOST_QUERIES = 16
 """Queries of one KV head, over all heads of its group, up to which loops are used: each query reads all codes anew."""
 
-SERIAL = 49152
+SERIAL = 8192
 """Slots that all queries of a layer read together, up to which one thread reads them: others would not wake in time.
-On two threads 2,000 tokens of three heads with three queries each take 0.33 ms, on one 0.25 ms."""
+SmolLM2's layers at 2,000 tokens read 18,000: a step takes 1.10 of the exact cache's on two threads, 1.20 on one."""
 
 LEAST = 4096
 """Slots of a layer, of all its rows, from which loops are worth building unasked."""
