@@ -128,7 +128,9 @@ class _OnDevices(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not set(types) <= {Tensor, torch.nn.Parameter, OnDevice}:
             return NotImplemented  # another subclass has to make plain tensors first
-        return run(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        ours = OnDevice in types or kwargs.get("device") is not None
+        return run(func, args, kwargs) if ours else func(*args, **kwargs)
 
 
 def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -138,8 +140,10 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         RuntimeError: the arguments are on several devices.
     """
     shells: dict[int, OnDevice] = {}
+    given: list[Tensor] = []
 
     def bare(x: Tensor) -> Tensor:
+        given.append(x)
         if isinstance(x, OnDevice):
             shells[id(x.held)] = x
             return x.held
@@ -149,7 +153,7 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"])
     if not shells and (asked is None or asked.type != KIND):
         return func(*args, **kwargs)
-    place = _common_device(func, args, kwargs)
+    place = _common_device(func, args, given)
     if asked is not None:
         place, own_kwargs["device"] = device(asked.index or 0) if asked.type == KIND else asked, HOST
 
@@ -167,26 +171,24 @@ def _map(function: Callable[[Tensor], Any], x: Any) -> Any:
     """The function of every tensor in nested lists and tuples; all else as it is."""
     if isinstance(x, Tensor):
         return function(x)
-    return type(x)(_map(function, item) for item in x) if type(x) in (list, tuple) else x
+    if type(x) not in (list, tuple):
+        return x
+    return type(x)([_map(function, item) if isinstance(item, Tensor | list | tuple) else item for item in x])
 
 
-def _common_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> torch.device:
-    """Where an operator runs; the destination where it may cross devices."""
+def _common_device(func: Any, args: tuple, given: list[Tensor]) -> torch.device:
+    """Where an operator runs, of all the tensors that it is given; the destination where it may cross devices."""
     if func in CROSSES:
         return args[0].device
     numbers = torch.Tag.pointwise in func.tags or func in TAKES_NUMBERS
     indices = args[1] if func in INDEXES else ()
-    tensors: list[Tensor] = []
-
-    def note(x: Tensor) -> None:
-        if x.device != HOST or not ((numbers and x.dim() == 0) or any(x is index for index in indices)):
-            tensors.append(x)
-
-    _map(note, (*args, *kwargs.values()))
-    return _one_place(tensors, str(func))
+    tensors = [
+        x for x in given if x.device != HOST or not ((numbers and x.dim() == 0) or any(x is index for index in indices))
+    ]
+    return _one_place(tensors, func)
 
 
-def _one_place(tensors: list[Tensor], what: str) -> torch.device:
+def _one_place(tensors: list[Tensor], what: Any) -> torch.device:
     places = {x.device for x in tensors} or {HOST}
     if len(places) > 1:
         found = ", ".join(sorted(map(str, places)))

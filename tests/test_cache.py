@@ -91,10 +91,16 @@ def test_physical_bytes_are_all_bytes_held(name, tokens, steps):
         ("balanced", 4000, 0.29),
     ],
 )
-def test_presets_are_as_small_as_promised(name, tokens, bound):
-    """At SmolLM2's shape, 30 layers of 9 query and 3 KV heads of 64, on one layer's worth of work each."""
+def test_presets_are_as_small_as_promised(name, tokens, bound, monkeypatch):
+    """At SmolLM2's shape, 9 query and 3 KV heads of 64, and 12 of its 30 layers: more share the pool's free pages.
+
+    What attention says changes no byte: the prompt's is left out.
+    """
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: torch.zeros_like(q)
+    )
     cache = LeanKVCache(LeanKVConfig.preset(name))
-    feed(random_model(layers=30, heads=9, kv_heads=3), cache, prompt(tokens))
+    feed(random_model(layers=12, heads=9, kv_heads=3), cache, prompt(tokens))
     assert cache.report().ratio <= bound
 
 

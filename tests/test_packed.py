@@ -47,13 +47,9 @@ def step(layer, counts, births, random):
     choice = choice.view(current.shape)
     target = torch.where((current == LOW) & (choice == HIGH), LOW, choice)
     births_all = torch.cat([*(parts["birth"].long() for _, parts in stored), fresh.birth], 1)
+    kept = (current != EMPTY) & (target != PRUNED)
     expected = [
-        {
-            int(b): int(t)
-            for b, t, c in zip(births_all[r], target[r], current[r], strict=True)
-            if c != EMPTY and t != PRUNED
-        }
-        for r in range(len(counts))
+        dict(zip(b[k].tolist(), t[k].tolist(), strict=True)) for b, t, k in zip(births_all, target, kept, strict=True)
     ]
     scores = [torch.rand(filled.shape) for filled, _ in stored]
     plan = layer.plan(target, current, scores)
@@ -69,8 +65,7 @@ def step(layer, counts, births, random):
 def tiers_held(layer):
     held = [{} for _ in range(layer.rows)]
     for tier, (filled, parts) in enumerate(slots(layer)):
-        for row, slot in filled.nonzero().tolist():
-            birth = int(parts["birth"][row, slot])
+        for row, birth in zip(filled.nonzero()[:, 0].tolist(), parts["birth"][filled].tolist(), strict=True):
             assert birth not in held[row], "a token is in two places"
             held[row][birth] = tier
         assert (parts["birth"][~filled] == 0).all()

@@ -71,9 +71,9 @@ def test_no_page_is_owned_twice_or_lost(operations):
             pages[:] = random.randrange(1, 256)
             pages.view(torch.int64)[:, 0] = ids.long()
             pool.scatter(cls, ids, pages)
-            marks.update({(cls, int(i)): int(pages[0, -1]) for i in ids})
             if total:
                 held[cls].append(ids)
+                marks.update(dict.fromkeys(((cls, i) for i in ids.tolist()), int(pages[0, -1])))
         elif name == "release" and held[cls]:
             ids = held[cls].pop(random.randrange(len(held[cls])))
             pool.release(cls, ids)
@@ -90,7 +90,7 @@ def test_no_page_is_owned_twice_or_lost(operations):
         for ids in lists:
             pages = pool.gather(cls, ids)
             assert torch.equal(pages.view(torch.int64)[:, 0], ids.long())
-            assert pages[:, -1].tolist() == [marks[cls, int(i)] for i in ids]
+            assert pages[:, -1].tolist() == [marks[cls, i] for i in ids.tolist()]
 
 
 def test_an_empty_chunk_serves_another_class():

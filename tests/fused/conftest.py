@@ -10,6 +10,10 @@ import pytest
 import torch
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
+if not collect_ignore_glob and not torch.cuda.is_available():
+    import interpreter
+
+    interpreter.hasten()
 
 
 @pytest.fixture(autouse=True)
