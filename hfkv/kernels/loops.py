@@ -20,6 +20,9 @@ from hfkv.kernels.decode_attention import cap
 from hfkv.kernels.folding import Folding
 from hfkv.quant import SCALE_BIAS, SCALE_STEPS, Codec, PageLayout
 
+AT_ONCE = 4
+"""Parts of a group's queries that share a loop: more would make it long to build."""
+
 TierPages = tuple[Tensor, Tensor, Tensor]
 """Pages of a tier: int32 words [any, page_bytes / 4]; which of them belong to a row, int64 [rows, n]; and how many
 slots of each are filled, int32 [rows, n]."""
@@ -137,7 +140,7 @@ def _logits(shape: StepShape, tier: int, stored: Tensor, folded: Tensor, constan
     """
     layout, codec, q = shape.layouts[tier], shape.layouts[tier].key, folded[..., slice(*shape.keys[tier])]
     codes = _part(layout, stored, "key").unflatten(2, (-1, BYTES, codec.rows // BYTES)).transpose(2, 3)
-    planes = _planes(codec, codes, 4)
+    planes = _planes(codec, codes, 4, in_words=True)
 
     def products(q: Tensor) -> Tensor:
         """q [rows, any, columns] -> [rows, any, n, BYTES, words]"""
@@ -162,7 +165,7 @@ def _sums(shape: StepShape, layout: PageLayout, stored: Tensor, p: Tensor) -> Te
     codec = layout.value
     codes = _part(layout, stored, "value").unflatten(2, (codec.rows, layout.tokens // BYTES))
     fields: list[list[Tensor]] = []  # per field the codes of each byte, [rows, n, width, words]
-    for plane in _planes(codec, codes, 2, BYTES):
+    for plane in _planes(codec, codes, 2, in_words=False):
         parts = [field for _, field in plane]
         fields += [parts[first : first + BYTES] for first in range(0, len(parts), BYTES)]
     zero = _bytes(layout, stored, "value_zero")[:, None] if codec.zero_bytes else 1.0
@@ -179,14 +182,14 @@ def _sums(shape: StepShape, layout: PageLayout, stored: Tensor, p: Tensor) -> Te
 
 
 def _by_query(shape: StepShape, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """`of` x [rows, queries, ...]; where it is known how many queries there are, one by one.
+    """`of` x [rows, queries, ...]; where it is known how many queries there are, in up to AT_ONCE parts.
 
-    The compiler then fuses them into one loop, in which a code is taken out of its word once for all of them. They are
+    The compiler then fuses these into one loop, in which a code is taken out of its word once for all of them. They are
     put together flat: of four dimensions and more, one of which is 1, it may take the queries for the innermost.
     """
     if not shape.single[1]:
         return of(x)
-    parts = [of(x[:, i : i + 1]) for i in range(shape.groups)]
+    parts = [of(part) for part in x.split(-(-shape.groups // AT_ONCE), 1)]
     return torch.cat([part.flatten(2) for part in parts], 1).unflatten(2, parts[0].shape[2:])
 
 
@@ -207,24 +210,22 @@ def _scales(layout: PageLayout, stored: Tensor, name: str) -> Tensor:
     return ((_bytes(layout, stored, name)[:, None] - SCALE_BIAS) * (math.log(2) / SCALE_STEPS)).exp()
 
 
-def _planes(codec: Codec, words: Tensor, dim: int, per_row: int = 1) -> list[list[tuple[slice, Tensor]]]:
+def _planes(codec: Codec, words: Tensor, dim: int, in_words: bool) -> list[list[tuple[slice, Tensor]]]:
     """Per plane the codes in each field of its bytes, float32, field by field and byte by byte.
 
     Args:
-        words: int32; rows of a plane lie along `dim`, as words of them where `per_row` is 1.
-        per_row: words of how many rows there are in one row of a plane: BYTES for values, whose words lie along tokens.
+        words: int32, rows of codes along `dim`: `in_words` four of them in one word, else each in words of its own.
 
     Returns:
         Of each field and byte (columns of `by_bytes`, codes).
     """
-    planes, column = [], 0
+    planes, column, rows = [], 0, BYTES if in_words else 1
     for first, width, bits in codec.planes:
-        share = BYTES // per_row
-        stored, fields = words.narrow(dim, first // share, width // share), []
+        stored, fields = words.narrow(dim, first // rows, width // rows), []
         stored = stored ^ _repeated(codec.stored_zero) if codec.signed else stored
         for field in range(0, 8, bits):
             for byte in range(BYTES):
-                shift, columns = 8 * byte + field, slice(column, column + width // share)
+                shift, columns = 8 * byte + field, slice(column, column + width // BYTES)
                 codes = stored >> shift if shift else stored
                 fields.append((columns, (codes & (2**bits - 1)).float()))
                 column += width // BYTES
