@@ -166,7 +166,7 @@ def test_one_building_serves_all_sizes_and_later_processes(compiler, kept, monke
 
     def attend():
         for rows, count, queries in [(2, 90, 2), (3, 500, 3), (2, 1500, 5)]:
-            layer, _, _ = make_layer([(count, 0)] * rows, ((4, 2), (4, 2)), 64, 64)
+            layer, _, _ = make_layer([(count, 0)] * rows, ((4, 2),), 64, 64)
             q, k, v = case(rows, 64, 64, 3, queries)
             out, view = step_of(layer, q, k, v, 9, call)
             assert all(step is not None for step in view._steps.values())

@@ -103,7 +103,7 @@ def held(cache):
 def test_the_backend_is_what_was_asked_for(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.delenv("HFKV_BACKEND", raising=False)
-    assert choose(cpu, [], torch.float32) == "torch"
+    assert choose(cpu, [], torch.float32) == "inductor"
     monkeypatch.setenv("HFKV_BACKEND", "triton")
     assert choose(cpu, [], torch.float32) == "triton"  # the interpreter
     with pytest.raises(ValueError, match=r"torch\.float64"):
