@@ -1,6 +1,6 @@
 """One thread per test process: tiny tensors gain nothing from two, and parallel workers would fight over the cores.
 
-No loops are built unasked (tests/test_loops.py asks): each kind takes a compiler some ten seconds.
+No loops are built unasked (tests/test_loops.py asks): each kind takes a compiler up to a minute.
 """
 
 import os

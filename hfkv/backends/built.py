@@ -61,7 +61,7 @@ def _obstacle() -> str | None:
 def built_step(shape: StepShape, folding: Folding) -> Step | None:
     """The loops for a shape, with the arguments of `step_loops`; None where they cannot be had, which is said once.
 
-    They are loaded, or else built, which takes some ten seconds once on a machine.
+    They are loaded, or else built, which takes up to a minute or so, once on a machine.
     """
     with _one_at_a_time:
         if shape not in _steps:
@@ -84,8 +84,8 @@ def _loaded(shape: StepShape, folding: Folding) -> Step:
         except Exception as error:
             logger.warning("%s is not readable and is built anew: %s", file, _first_line(error))
     logger.warning(
-        "building the loops that read packed codes on this CPU, once per kind of layer; they are kept in %s "
-        "(HFKV_BACKEND=torch does without)",
+        "building the loops that read packed codes on this CPU, a minute or less, once per kind of layer; they are kept "
+        "in %s (HFKV_BACKEND=torch does without)",
         file.parent,
     )
     begin = time.monotonic()
