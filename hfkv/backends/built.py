@@ -84,8 +84,8 @@ def _loaded(shape: StepShape, folding: Folding) -> Step:
         except Exception as error:
             logger.warning("%s is not readable and is built anew: %s", file, _first_line(error))
     logger.warning(
-        "building the loops that read packed codes on this CPU, a minute or less, once per kind of layer; they are kept "
-        "in %s (HFKV_BACKEND=torch does without)",
+        "building the loops that read packed codes on this CPU, for a minute or so, once per kind of layer; they are "
+        "kept in %s (HFKV_BACKEND=torch does without)",
         file.parent,
     )
     begin = time.monotonic()
