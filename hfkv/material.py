@@ -16,7 +16,7 @@ from hfkv.backends.plain import Kernels
 from hfkv.fill import newest_last
 from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
-from hfkv.kernels.replay import Asking
+from hfkv.kernels.replay import AHEAD, Asking
 from hfkv.observe import kept_queries, newest_queries
 from hfkv.paging.rows import PackedRows
 from hfkv.window import Sequences
@@ -221,7 +221,7 @@ class LayerMaterial:
             self._first_keys(),
             self._call.scaling,
             self._call.softcap,
-            None if rotary is None else lambda q, by: rotary.turn(q, by, fill.seen),
+            None if rotary is None else rotary.matrix(-AHEAD, k, fill.seen),
         )
         received = received[..., : self._new] * self._lengths
         return pad(received, (sum(self._widths), 0)).view(fill.batch, heads, -1)

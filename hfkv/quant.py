@@ -235,7 +235,7 @@ def _affine(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor, Te
 
 def _fit(codec: Codec, x: Tensor, saturate: bool) -> tuple[Tensor, Tensor]:
     top = 2**codec.bits - 1
-    energy = x.square().sum(-1)  # [n]
+    energy = (x * x).sum(-1)  # [n]
     step = (energy / codec.dim).sqrt().mul(GAUSS_STEP[codec.bits]).clamp_min(1e-30)
     levels = (x / step[:, None]).add_(codec.center).round_().clamp_(0, top)
     centred = levels - codec.center
@@ -277,11 +277,11 @@ def pack_codes(levels: Tensor, codec: Codec) -> Tensor:
     if codec.padded != codec.dim:
         levels = torch.nn.functional.pad(levels, (0, codec.padded - codec.dim))
     planes, shift = [], 0
-    for _, width, bits in codec.planes:
-        plane = (levels >> shift) & (2**bits - 1)
-        packed = torch.zeros_like(plane[:, :width])
-        for i, part in enumerate(plane.chunk(8 // bits, -1)):
-            packed |= part << (i * bits)
+    for _, _, bits in codec.planes:
+        plane = levels if len(codec.planes) == 1 else (levels >> shift) & (2**bits - 1)
+        packed, *others = plane.chunk(8 // bits, -1)
+        for i, part in enumerate(others, 1):
+            packed = torch.add(packed, part, alpha=1 << (i * bits))
         planes.append(packed)
         shift += bits
     return planes[0] if len(planes) == 1 else torch.cat(planes, -1)

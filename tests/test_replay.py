@@ -49,6 +49,9 @@ def test_queries_are_turned_as_the_model_turns_them(name):
     assert rotary is not None
     turned = rotary.turn(here[1], torch.tensor([60]), 65)
     torch.testing.assert_close(turned, there[1].float(), rtol=1e-3, atol=1e-3)
+    matrix = rotary.matrix(60, here[1], 65)
+    torch.testing.assert_close(here[1].float() @ matrix, turned, rtol=1e-4, atol=1e-4)
+    assert rotary.matrix(60, here[1], 65) is matrix and rotary.matrix(61, here[1], 65) is not matrix
     back = rotary.turn(there[1], -torch.arange(60, 65), 65)
     at_zero = torch.cat([first_queries(model, [0] * 5)[layer][1]], 2)
     torch.testing.assert_close(back, at_zero.float(), rtol=1e-3, atol=1e-3)
@@ -80,37 +83,54 @@ def test_the_formula(groups, monkeypatch):
     monkeypatch.setattr(replay, "BLOCK", 8)
     monkeypatch.setattr(replay, "OVERLAP", 3)
     generator = torch.Generator().manual_seed(groups)
-    k = torch.randn(2, 2, 21, 16, generator=generator)
-    q = torch.randn(2, 2 * groups, 21, 16, generator=generator)
-    counts = torch.tensor([21, 13])
-    slot = torch.arange(21)
+    k = torch.randn(2, 2, 45, 16, generator=generator)
+    q = torch.randn(2, 2 * groups, 45, 16, generator=generator)
+    counts = torch.tensor([45, 13])
+    slot = torch.arange(45)
     last = torch.where(slot < counts[:, None], slot, -1)
     got = most_received(q, k, Asking(counts, last[:, 0]), None, 0.5, None, None)
     want = naive(q, k, 0.5, counts.tolist(), 8, 3, replay.SINKS)
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[1, :, :13], want[1, :, :13])
+    torch.testing.assert_close(most_received(q[:1], k[:1], None, None, 0.5, None, None), want[:1])
+
+
+@pytest.mark.parametrize(
+    "tokens, own, before", [(1, 1, 0), (63, 4, 0), (300, 4, 0), (300, 0, 0), (300, 4, 130), (64, 0, 0)]
+)
+def test_every_block_is_asked_once(tokens, own, before, monkeypatch):
+    monkeypatch.setattr(replay, "BLOCK", 16)
+    runs = list(replay._runs(tokens, own, before))
+    blocks = [start for first, behind in runs for start in range(first, behind, 16)]
+    assert blocks == list(range(before // 16 * 16, tokens, 16))
+    assert runs[-1][1] == tokens
+    for first, behind in runs:
+        if behind - first > 16:
+            assert first >= max(own, before) and behind + replay.OVERLAP <= tokens
 
 
 def test_few_logits_at_a_time_give_the_same(monkeypatch):
+    monkeypatch.setattr(replay, "BLOCK", 8)
+    monkeypatch.setattr(replay, "OVERLAP", 3)
     generator = torch.Generator().manual_seed(5)
     k, q = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (2, 4))
     last = torch.arange(40).expand(2, -1)
     terms = (q, k, Asking(torch.tensor([40, 31]), last[:, 0]), None, 1.0, 3.0, None)
     whole = most_received(*terms)
-    for most in (1, 4 * 40 * 50, 4 * 40 * 200):  # a query, 50 of a row's 80, two rows
+    for most in (1, 4 * 15 * 10, 4 * 15 * 40):  # a query, 10 of a block's 16, two blocks
         monkeypatch.setattr("hfkv.kernels.at_once.CACHE_BYTES", most)
         torch.testing.assert_close(most_received(*terms), whole)
 
 
-@pytest.mark.parametrize("queries", [40, 30, 3])
+@pytest.mark.parametrize("queries", [100, 70, 3])
 @pytest.mark.parametrize("behind", [False, True], ids=["first chunk", "behind stored tokens"])
 def test_sequences_that_are_alike_need_no_masks(queries, behind, monkeypatch):
     monkeypatch.setattr(replay, "BLOCK", 16)
     generator = torch.Generator().manual_seed(queries)
-    k, q = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((2, 40), (6, queries)))
-    last = torch.arange(40 - queries, 40).expand(2, -1)
+    k, q = (torch.randn(2, heads, n, 8, generator=generator) for heads, n in ((2, 100), (6, queries)))
+    last = torch.arange(100 - queries, 100).expand(2, -1)
     first = torch.randn(2, 2, 4, 8, generator=generator) if behind else None
-    masked = most_received(q, k, Asking(torch.tensor([40, 40]), last[:, 0]), first, 0.3, None, None)
+    masked = most_received(q, k, Asking(torch.tensor([100, 100]), last[:, 0]), first, 0.3, None, None)
     torch.testing.assert_close(most_received(q, k, None, first, 0.3, None, None), masked)
 
 

@@ -140,7 +140,7 @@ class Kernels(Protocol):
         first: Tensor | None,
         scaling: float,
         softcap: float | None,
-        turn: Callable[[Tensor, Tensor], Tensor] | None,
+        turn: Tensor | None,
     ) -> Tensor:
         """Replay: the most attention that each key of a prompt gets; see `hfkv.kernels.replay`."""
         ...

@@ -32,6 +32,14 @@ class Basis:
     value: Tensor | None
     mean: Tensor | None
 
+    def of_keys(self, k: Tensor) -> Tensor:
+        """Keys [rows, n, D] as they are coded, float32."""
+        if self.mean is None:
+            return self.rotate_keys(k)
+        if self.key is None:
+            return k.float() - self.mean[:, None]
+        return torch.baddbmm(self.mean[:, None], k.float(), self.key.expand(k.shape[0], -1, -1), beta=-1)
+
     def rotate_keys(self, k: Tensor) -> Tensor:
         return k.float() if self.key is None else k.float() @ self.key
 
@@ -49,51 +57,43 @@ class Basis:
         return None if self.mean is None else torch.bmm(q, self.mean[..., None]).squeeze(-1)
 
 
-def pack_tokens(
-    layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor, score: Tensor, birth: Tensor
-) -> Tokens:
-    """Code tokens k [n, D], v [n, Dv] of the heads `row` [n]; score float [n], birth int [n].
-
-    Raises:
-        ValueError: NaN, infinity or a scale beyond its format.
-    """
-    keys = basis.rotate_keys(k)
-    if basis.mean is not None:
-        keys = keys - basis.mean[row]
-    return code_tokens(layout, keys, basis.rotate_values(v), score, birth)
-
-
-def check_codable(layout: PageLayout, basis: Basis, k: Tensor, v: Tensor, row: Tensor) -> None:
-    """Raise the ValueError of `pack_tokens` where that would, without coding vectors whose norm shows that they fit.
-
-    A tier is asked so for tokens that it does not get yet, but may when they are demoted.
-    """
-    centre = 0.0 if basis.mean is None else basis.mean[row].norm(dim=-1)
-    small = (k.float().norm(dim=-1) + centre <= layout.key.safe_norm) & (
-        v.float().norm(dim=-1) <= layout.value.safe_norm
-    )
-    doubtful = (~small).nonzero().squeeze(1)  # NaN is among them
-    if doubtful.numel():
-        nothing = torch.zeros(doubtful.numel(), dtype=torch.int64, device=k.device)
-        pack_tokens(layout, basis, k[doubtful], v[doubtful], row[doubtful], nothing.float(), nothing)
-
-
 def code_tokens(
     layout: PageLayout, keys: Tensor, values: Tensor, score: Tensor, birth: Tensor, saturate: bool = False
 ) -> Tokens:
-    """Code vectors that are in the rotated basis already; `saturate`: as of `encode`."""
-    tokens: Tokens = {}
-    for side, codec, x in (("key", layout.key, keys), ("value", layout.value, values)):
-        codes, scale, zero = encode(codec, x, saturate)
-        tokens[side] = codes
-        if scale is not None:
-            tokens[f"{side}_scale"] = scale
-        if zero is not None:
-            tokens[f"{side}_zero"] = zero
-    if layout.scored:
-        tokens["score"] = score.clamp_max(LARGEST_SCORE).half()
-        tokens["birth"] = birth.to(torch.int32)
-    return tokens
+    """Code vectors keys [n, D] and values [n, Dv] that are in the basis already; score float [n], birth int [n].
+
+    Args:
+        saturate: as of `encode`.
+
+    Raises:
+        ValueError: NaN, infinity or, unless it saturates, a scale beyond its format.
+    """
+    sides = {**code_side(layout, "key", keys, saturate), **code_side(layout, "value", values, saturate)}
+    return {**sides, **code_marks(layout, score, birth)}
+
+
+def code_side(layout: PageLayout, side: str, x: Tensor, saturate: bool = False) -> Tokens:
+    """The parts of keys (`side="key"`) or values [n, dim], as of `code_tokens`."""
+    parts = encode(getattr(layout, side), x, saturate)
+    names = (side, f"{side}_scale", f"{side}_zero")
+    return {name: part for name, part in zip(names, parts, strict=True) if part is not None}
+
+
+def code_marks(layout: PageLayout, score: Tensor, birth: Tensor) -> Tokens:
+    """The parts that say when a token came and what it is worth, where the layout has them."""
+    if not layout.scored:
+        return {}
+    return {"score": score.clamp_max(LARGEST_SCORE).half(), "birth": birth.to(torch.int32)}
+
+
+def check_codable(layout: PageLayout, side: str, x: Tensor) -> None:
+    """Raise the ValueError of `code_side` where that would, without coding vectors whose norm shows that they fit.
+
+    A tier is asked so for tokens that it does not get yet, but may when they are demoted.
+    """
+    doubtful = (~(x.norm(dim=-1) <= getattr(layout, side).safe_norm)).nonzero().squeeze(1)  # NaN is among them
+    if doubtful.numel():
+        code_side(layout, side, x[doubtful])
 
 
 def unpack_tokens(layout: PageLayout, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def unpack_tokens(layout: PageLayout, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def check_flags(flags: int, late: bool = False) -> None:
-    """Raise the ValueError of `pack_tokens` for what a kernel has flagged.
+    """Raise the ValueError of `code_tokens` for what a kernel has flagged.
 
     Args:
         late: it was stored already, since nobody has waited for the device.

@@ -11,7 +11,7 @@ the second, since what a token asks for is mostly its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,15 @@ from torch import Tensor
 from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
 
-BLOCK = 512
-OVERLAP = 16
+BLOCK = 64
+OVERLAP = 12
 AHEAD = 512
 """By how many positions queries are turned on: far enough to be behind the block, near enough to see it sharply."""
 
 SINKS = 4
+
+TOGETHER = 64
+"""Blocks that are looked at together: bounds the memory for them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def most_received(
     first: Tensor | None,
     scaling: float,
     softcap: float | None,
-    turn: Callable[[Tensor, Tensor], Tensor] | None,
+    turn: Tensor | None,
 ) -> Tensor:
     """The largest probability that each key receives, float32 [batch, kv_heads, tokens].
 
@@ -69,33 +72,38 @@ def most_received(
         k: [batch, kv_heads, tokens, D].
         asking: which of them there are; None: all, and the queries are those of the newest tokens.
         first: keys [batch, kv_heads, n, D] of the prompt's first tokens where they are not the first of `k`.
-        turn: (x [batch, heads, n, D], positions int64 [1]) -> x turned on by RoPE; None: the model has none.
+        turn: float32 [D, D], `k @ turn` are keys that RoPE has turned by -AHEAD positions; None: the model has none.
     """
-    batch, heads, tokens = k.shape[:3]
+    (batch, heads, tokens), queries = k.shape[:3], q.shape[2]
     q = q.unflatten(1, (heads, -1))  # [batch, heads, groups, queries, D]
-    keys = turned_back(k, turn) * scaling
-    sinks = None if first is None else turned_back(first, turn) * scaling
+    keys = turned_back(k, turn, scaling)
+    own = 0 if first is not None else min(SINKS, tokens)  # sinks among `k`
+    sinks = keys[:, :, :own] if first is None else turned_back(first, turn, scaling)
+    before = tokens - queries  # tokens without a query, where all sequences are alike
     if asking is not None:
-        real, (asks, index) = asking.real(tokens), asking.asks(tokens, q.shape[3])
+        real, (asks, index) = asking.real(tokens), asking.asks(tokens, queries)
     best = torch.zeros(batch, heads, tokens, device=k.device)
-    own = 0 if sinks is not None else min(SINKS, tokens)  # sinks among `k`
-    before = tokens - q.shape[3]  # tokens without a query, where all sequences are alike
-    for start in range(0, tokens, BLOCK):
-        begin, end = max(start, own), min(start + BLOCK + OVERLAP, tokens)
-        block = torch.cat([keys[:, :, :own] if sinks is None else sinks, keys[:, :, begin:end]], 2)
-        slots = slice(start if asking is not None else max(start, before), min(start + BLOCK, tokens))
-        if slots.start >= slots.stop:
-            continue
+    for start, stop in _runs(tokens, own, before if asking is None else 0):
+        begin, end = max(start, own), min(stop + OVERLAP, tokens)
+        count = max(1, (stop - start) // BLOCK)
+        width = BLOCK + OVERLAP if count > 1 else end - begin
+        blocks = keys[:, :, begin:end].unfold(2, width, BLOCK).transpose(3, 4)  # [batch, heads, count, width, D]
+        blocks = torch.cat([sinks[:, :, None].expand(-1, -1, count, -1, -1), blocks], 3)
+        there = silent = None
         if asking is None:
-            received = _most(q[:, :, :, slots.start - before : slots.stop - before], block, None, None, softcap)
+            asked = q[:, :, :, max(start, before) - before : stop - before]
         else:
-            queries = q.take_along_dim(index[:, None, None, slots, None], 3)
-            stored = real.new_ones(batch, block.shape[2] - (end - begin))
-            there = torch.cat([real[:, :own] if own else stored, real[:, begin:end]], 1)
-            received = _most(queries, block, there, asks[:, slots], softcap)
-        best[:, :, begin:end] = torch.maximum(best[:, :, begin:end], received[..., block.shape[2] - (end - begin) :])
-        if own:
-            best[:, :, :own] = torch.maximum(best[:, :, :own], received[..., :own])
+            asked = q.take_along_dim(index[:, None, None, start:stop, None], 3)
+            stored = real[:, :own] if own else real.new_ones(batch, sinks.shape[2])
+            there = real[:, begin:end].unfold(1, width, BLOCK)  # [batch, count, width]
+            there = torch.cat([stored[:, None].expand(-1, count, -1), there], 2)
+            silent = ~asks[:, start:stop].unfold(1, min(BLOCK, stop - start), BLOCK)
+        asked = asked.unfold(3, min(BLOCK, asked.shape[3]), BLOCK).permute(0, 1, 3, 2, 5, 4)
+        received = _most(asked, blocks, there, silent, softcap)
+        _raise(best[:, :, :own, None], received[..., :own].transpose(2, 3).amax(3, keepdim=True))
+        for column in range(0, width, BLOCK):  # those of a block, then those behind it
+            part = received[..., sinks.shape[2] + column :][..., :BLOCK]
+            _raise(best[:, :, begin + column : end].unfold(2, part.shape[3], BLOCK), part)
     return at_least_the_mean(best, None if asking is None else asks, before)
 
 
@@ -112,32 +120,58 @@ def at_least_the_mean(best: Tensor, asks: Tensor | None, before: int) -> Tensor:
     return torch.where(asks[:, None], best, torch.maximum(best, mean))
 
 
-def turned_back(k: Tensor, turn: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
-    """Keys, float32, as queries see them that have been turned on: fewer heads to turn than queries have."""
-    return k.float() if turn is None else turn(k, torch.full((1,), -AHEAD, device=k.device))
+def turned_back(k: Tensor, turn: Tensor | None, factor: float = 1.0) -> Tensor:
+    """Keys times `factor`, float32, as queries see them that are turned on; queries have more heads to turn."""
+    return k.float() * factor if turn is None else k.float() @ (turn * factor)
 
 
-def _most(q: Tensor, keys: Tensor, there: Tensor | None, asks: Tensor | None, softcap: float | None) -> Tensor:
-    """The largest probability of each key, [batch, heads, keys].
+def _runs(tokens: int, own: int, before: int) -> Iterator[tuple[int, int]]:
+    """Blocks that are alike, first token and the one behind the last: whole ones together, the others one by one.
+
+    A whole block has all of its queries, all of its keys and the overlap behind it, and no sink of its own.
+    """
+    whole = range(-(-max(own, before) // BLOCK) * BLOCK, max(0, tokens - OVERLAP - BLOCK + 1), BLOCK)
+    start = before // BLOCK * BLOCK
+    while start < tokens:
+        stop = start + BLOCK
+        if start in whole:
+            stop = min(start + TOGETHER * BLOCK, whole[-1] + BLOCK)
+        yield start, min(stop, tokens)
+        start = stop
+
+
+def _raise(best: Tensor, received: Tensor) -> None:
+    """To at least what was received, in place."""
+    best.copy_(torch.maximum(best, received))
+
+
+def _most(q: Tensor, keys: Tensor, there: Tensor | None, silent: Tensor | None, softcap: float | None) -> Tensor:
+    """The largest probability of each key of a block, [batch, heads, blocks, keys].
 
     Args:
-        q: [batch, heads, groups, n, D]; keys: [batch, heads, keys, D].
-        there: bool [batch, keys], keys that there are; asks: bool [batch, n], queries that there are; None for all.
+        q: [batch, heads, blocks, groups, n, D]; keys: [batch, heads, blocks, keys, D].
+        there: bool [batch, blocks, keys], keys that there are; silent: bool [batch, blocks, n], queries that there are
+            not; None where all are.
     """
-    heads, groups, count = keys.shape[1], q.shape[2], keys.shape[2]
-    queries, keys = q.float().flatten(2, 3).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
-    received = keys.new_zeros(keys.shape[0], count)
-    hidden = None if there is None else ~there.repeat_interleave(heads, 0)[:, None]
-    silent = None if asks is None else ~asks.repeat_interleave(heads, 0).repeat(1, groups)[..., None]
-    most = logits_at_once(q.device, count)
+    shape, groups = keys.shape[:4], q.shape[3]
+    queries, keys = q.float().flatten(3, 4).flatten(0, 2), keys.flatten(0, 2).transpose(1, 2)
+    if there is not None:
+        there = there[:, None].expand(shape).flatten(0, 2)[:, None]  # [rows, 1, keys]
+    if silent is not None:
+        silent = silent[:, None, :, None].expand(*shape[:3], groups, -1).flatten(3).flatten(0, 2)[..., None]
+    received = keys.new_zeros(keys.shape[0], shape[3])
+    most = logits_at_once(q.device, shape[3])
     rows, each = max(1, most // max(1, queries.shape[1])), max(1, min(most, queries.shape[1]))
+    room = queries.new_empty(2, min(rows, queries.shape[0]), each, shape[3])
     for a, b in itertools.product(range(0, queries.shape[0], rows), range(0, queries.shape[1], each)):
         some, part = slice(a, a + rows), slice(b, b + each)
-        logits = cap(torch.bmm(queries[some, part], keys[some]), softcap)
-        if hidden is not None:
-            logits = logits.masked_fill_(hidden[some], float("-inf"))
-        p = logits.softmax(-1)
+        asking = queries[some, part]
+        logits, p = room[:, : asking.shape[0], : asking.shape[1]]
+        logits = cap(torch.bmm(asking, keys[some], out=logits), softcap)
+        if there is not None:
+            logits = logits.masked_fill_(~there[some], float("-inf"))
+        p = torch.softmax(logits, -1, out=p)
         if silent is not None:
             p = p.masked_fill_(silent[some, part], 0.0).nan_to_num_(0.0)
         received[some] = torch.maximum(received[some], p.amax(1))
-    return received.unflatten(0, (-1, heads))
+    return received.view(shape)

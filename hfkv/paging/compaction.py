@@ -76,14 +76,21 @@ class TierEdit:
         self.kept = self.stay.sum(1)
         tokens = self.layout.tokens
         self.needed = pages_for(plan.lengths[:, tier], tokens)
+        width = max(self.stay.shape[1] // tokens, plan.widest[tier])
+        self.position = torch.full((counts.numel(), width), -1, dtype=torch.int64, device=counts.device)
+        self.copied = None
+        if not self.stay.shape[1]:  # nothing is there yet
+            self.row = self.index = self.kept.new_zeros(0)
+            self.ids = self.row.int()
+            self.pages = torch.zeros(0, self.layout.page_bytes, dtype=torch.uint8, device=counts.device)
+            return
         before = table.lengths[:, tier].long()
         touched = compaction.touched_pages(self.stay, before, plan.lengths[:, tier], tokens)
         self.row, self.index = touched.nonzero(as_tuple=True)
         self.ids = self.table.lookup(tier, self.row, self.index)
-        self.copied = None if plan.copied is None else plan.copied[tier][self.row, self.index]
+        if plan.copied is not None:
+            self.copied = plan.copied[tier][self.row, self.index]
         self.pages = self.pool.gather(self.cls, self.ids)
-        width = max(touched.shape[1], plan.widest[tier])
-        self.position = torch.full((counts.numel(), width), -1, dtype=torch.int64, device=self.ids.device)
         self.position[self.row, self.index] = torch.arange(self.row.numel(), device=self.ids.device)
 
     def flat(self, row: Tensor, slot: Tensor) -> Tensor:
@@ -102,6 +109,8 @@ class TierEdit:
 
     def close_holes(self) -> None:
         """Fill holes from the tail, and leave free slots without metadata."""
+        if not self.row.numel():
+            return
         row, source, target = compaction.hole_moves(self.stay)
         if row.numel():
             moved = compaction.take(self.layout, self.pages, self.flat(row, source))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hfkv.kernels.compaction import pages_for, unpack_side
-from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, pack_tokens
+from hfkv.kernels.quantize_pack import LARGEST_SCORE, Basis, Tokens, check_codable, code_marks, code_side
 from hfkv.paging.compaction import Compaction, TierEdit
 from hfkv.paging.pool import PagePool
 from hfkv.paging.sharing import Copies, frozen
@@ -39,16 +39,6 @@ class Incoming:
     score: Tensor
     birth: Tensor
     valid: Tensor
-
-    def chosen(self, entering: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """k [m, D], v [m, Dv], row, score and birth [m] of the tokens `entering`, bool [rows, n], row by row."""
-        rows, n = entering.shape
-        if bool(entering.all()):  # all of them, as they lie
-            row = torch.arange(rows, device=entering.device).repeat_interleave(n)
-            return self.k.flatten(0, 1), self.v.flatten(0, 1), row, self.score.flatten(), self.birth.flatten()
-        flat = entering.flatten().nonzero().squeeze(1)
-        k, v, score, birth = (x.flatten(0, 1).index_select(0, flat) for x in (self.k, self.v, self.score, self.birth))
-        return k, v, flat // n, score, birth
 
 
 class PackedRows:
@@ -259,10 +249,18 @@ class PackedRows:
     def code_incoming(self, plan: Compaction, incoming: Incoming) -> list[Tokens]:
         """The incoming tokens coded, per tier; nothing is stored yet, so that bad input leaves the cache as it was."""
         self.note_mean(incoming)
-        chosen = [incoming.chosen(entering) for entering in plan.entering]
-        if self.tiers == 2:
-            check_codable(self.layouts[1], self.basis, *chosen[0][:3])
-        return [pack_tokens(layout, self.basis, *own) for layout, own in zip(self.layouts, chosen, strict=True)]
+        chosen = [_places(entering) for entering in plan.entering]
+        coded: list[Tokens] = []
+        for layout, places in zip(self.layouts, chosen, strict=True):
+            coded.append(code_marks(layout, _picked(incoming.score, places), _picked(incoming.birth, places)))
+        for side in ("key", "value"):
+            x = self.basis.of_keys(incoming.k) if side == "key" else self.basis.rotate_values(incoming.v)
+            for tier, (tokens, places) in enumerate(zip(coded, chosen, strict=True)):
+                own = _picked(x, places)
+                if tier == 0 and self.tiers == 2:
+                    check_codable(self.layouts[1], side, own)
+                tokens.update(code_side(self.layouts[tier], side, own))
+        return coded
 
     def note_mean(self, incoming: Incoming, look: bool = True) -> None:
         """Fix the mean key of every row at the first tokens that it packs; `look` whether there are such rows."""
@@ -332,3 +330,14 @@ class PackedRows:
         grid = part.new_zeros(self.rows, width, *part.shape[1:])
         grid[row, index] = part
         return grid
+
+
+def _places(entering: Tensor) -> Tensor | None:
+    """Which of all tokens, row by row, are `entering`, bool [rows, n]: int64 [m]; None: all."""
+    return None if bool(entering.all()) else entering.flatten().nonzero().squeeze(1)
+
+
+def _picked(x: Tensor, places: Tensor | None) -> Tensor:
+    """Tokens x [rows, n, ...] at `places` [m] -> [m, ...]."""
+    x = x.flatten(0, 1)
+    return x if places is None else x.index_select(0, places)

@@ -82,4 +82,4 @@ def ragged_index(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Enumerate `counts[row]` items of every row: (row int64 [sum], index inside the row int64 [sum])."""
     row = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
     start = counts.cumsum(0) - counts
-    return row, torch.arange(row.numel(), device=counts.device) - start[row]
+    return row, torch.arange(row.numel(), device=counts.device) - start.index_select(0, row)

@@ -20,11 +20,11 @@ def _small_blocks(monkeypatch):
         monkeypatch.setattr(module, "OVERLAP", 5)
 
 
-def turn(x, by):
-    """RoPE of the first half of the features with the second, by so many positions."""
-    angle = by.float()[:, None] * torch.logspace(0, -3, x.shape[-1] // 2, device=x.device)
+def turn(dim):
+    """RoPE of the first half of the features with the second, back by so many positions as replay asks for."""
+    angle = -twin.AHEAD * torch.logspace(0, -3, dim // 2)
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.float().chunk(2, -1)
+    a, b = torch.eye(dim).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
@@ -40,7 +40,7 @@ def check(batch, heads, groups, dim, tokens, queries, dtype=torch.float32, count
         asking = Asking(counts, torch.where(own > 0, counts - own, -1))
         for row, count in enumerate(counts.tolist()):
             k[row, :, count:] = 1e4 if dtype == torch.float16 else float("inf")  # slots without a token
-    terms = (asking, first, 1.5 * dim**-0.5, softcap, turn)
+    terms = (asking, first, 1.5 * dim**-0.5, softcap, turn(dim))
     got = fused.most_received(q, k, *terms)
     want = twin.most_received(q, k.nan_to_num(0, 0, 0) if dtype == torch.float32 else k, *terms)
     assert got.dtype == torch.float32 and got.shape == (batch, heads, tokens)
@@ -83,5 +83,5 @@ def test_nothing_is_made_that_grows_with_the_square(monkeypatch):
     q, k = torch.randn(1, 2, 256, 32), torch.randn(1, 1, 256, 32)
     watch = Watch(monkeypatch)
     with watch:
-        fused.most_received(q, k, None, None, 0.2, None, turn)
+        fused.most_received(q, k, None, None, 0.2, None, turn(32))
     assert watch.reads == [] and watch.largest <= q.numel()

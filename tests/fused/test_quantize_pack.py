@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hfkv import Packed
 from hfkv.kernels import compaction
-from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, Basis, check_flags, pack_tokens
+from hfkv.kernels.quantize_pack import BEYOND_BYTE, BEYOND_HALF, NOT_FINITE, Basis, check_flags, code_tokens
 from hfkv.kernels.triton.quantize_pack import TierPages, pack_rows
 from hfkv.paging.pool import PagePool
 from hfkv.paging.table import PageTable, ragged_index
@@ -50,7 +50,8 @@ def both(pool, layout, cls, tier, table, basis, k, v, score, birth, slots):
     ids = table.pages(tier, torch.full((rows,), pages))[0]
     got, want = pool.gather(cls, ids), torch.zeros(rows * pages, layout.page_bytes, dtype=torch.uint8)
     row, column = (slots >= 0).nonzero(as_tuple=True)
-    tokens = pack_tokens(layout, basis, k[row, column], v[row, column], row, score[row, column], birth[row, column])
+    coded = (basis.of_keys(k)[row, column], basis.rotate_values(v)[row, column])
+    tokens = code_tokens(layout, *coded, score[row, column], birth[row, column])
     compaction.put(layout, want, row * pages * layout.tokens + slots[row, column].long(), tokens)
     return got, want, row.numel()
 

@@ -8,7 +8,6 @@ depend on the order. Probabilities are not negative, so that their bits are orde
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ def most_received(
     first: Tensor | None,
     scaling: float,
     softcap: float | None,
-    turn: Callable[[Tensor, Tensor], Tensor] | None,
+    turn: Tensor | None,
 ) -> Tensor:
     """See `hfkv.kernels.replay.most_received`; keys are rounded to q's dtype once they are turned."""
     (batch, heads, tokens), queries, dim = k.shape[:3], q.shape[2], q.shape[3]
