@@ -61,31 +61,38 @@ class PackedLayer(PackedRows):
         if self._work is None:
             blocks: list[PageBlock] = []
             slots: list[int] = []
-            for tier, layout in enumerate(self.layouts):
-                blocks += self._blocks(tier, sum(slots))
-                slots.append(int(self.page_counts(tier).max()) * layout.tokens)
+            held = [self.page_counts(tier) for tier in range(self.tiers)]
+            spare = PADDING * sum(int(counts.sum()) for counts in held) / self.tiers
+            for tier, counts in enumerate(held):
+                blocks += self._blocks(tier, counts, spare, sum(slots))
+                slots.append(int(counts.max()) * self.layouts[tier].tokens)
             folding = fold(self.layouts, self.basis.key, self.basis.value, self.pool.device)
             self._work = WorkList(tuple(blocks), self.rows, tuple(slots), folding, self.basis.mean)
         return self._work
 
-    def _blocks(self, tier: int, first_column: int) -> list[PageBlock]:
-        """A tier's pages: rows of about as many pages together, cut into blocks of columns."""
-        layout, counts = self.layouts[tier], self.page_counts(tier)
-        spare = PADDING * sum(int(self.page_counts(t).sum()) for t in range(self.tiers)) / self.tiers
-        blocks = []
+    def _blocks(self, tier: int, counts: Tensor, spare: float, first_column: int) -> list[PageBlock]:
+        """A tier's pages, `counts` int64 [rows]: rows of about as many together, cut into blocks of columns."""
+        layout, blocks = self.layouts[tier], []
         for row in _alike(counts, spare):
             rows = torch.arange(self.rows, device=counts.device) if row is None else row
-            pages, step = int(counts[rows].max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
+            own = counts.index_select(0, rows)
+            pages, step = int(own.max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
             for first in range(0, pages, step):
                 last = min(first + step, pages)
                 columns = (first_column + first * layout.tokens, first_column + last * layout.tokens)
-                blocks.append(self._block(tier, row, rows, (first, last), columns))
+                blocks.append(self._block(tier, row, rows, own, (first, last), columns))
         return blocks
 
     def _block(
-        self, tier: int, row: Tensor | None, rows: Tensor, pages: tuple[int, int], columns: tuple[int, int]
+        self,
+        tier: int,
+        row: Tensor | None,
+        rows: Tensor,
+        counts: Tensor,
+        pages: tuple[int, int],
+        columns: tuple[int, int],
     ) -> PageBlock:
-        layout, counts = self.layouts[tier], self.page_counts(tier)[rows]
+        layout = self.layouts[tier]
         index = torch.arange(*pages, device=rows.device).expand(rows.numel(), -1)
         ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
         ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one

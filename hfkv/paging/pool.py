@@ -321,12 +321,18 @@ class PagePool:
         """
         layout = self.layout(cls)
         chunk = (ids >> SLOT_BITS).long()
-        words = self._offset_of[chunk] + (ids & ((1 << SLOT_BITS) - 1)).long() * (layout.page_bytes // WORD)
-        arena_of = self._arena_of[chunk]
-        found = []
-        for number in torch.unique(arena_of).tolist():
-            position = (arena_of == number).nonzero().squeeze(1)
-            found.append((self._rows(self._arenas[number].memory, layout), words[position], position))
+        slot = (ids & ((1 << SLOT_BITS) - 1)).long()
+        words = self._offset_of.index_select(0, chunk) + slot * (layout.page_bytes // WORD)
+        arena_of = self._arena_of.index_select(0, chunk)
+        numbers, found = torch.unique(arena_of).tolist(), []
+        for number in numbers:
+            rows, own = self._rows(self._arenas[number].memory, layout), words
+            if len(numbers) == 1:
+                position = torch.arange(ids.numel(), device=ids.device)
+            else:
+                position = (arena_of == number).nonzero().squeeze(1)
+                own = words.index_select(0, position)
+            found.append((rows, own, position))
         return found
 
     def page_addresses(self, cls: int, ids: Tensor) -> Tensor:
@@ -341,6 +347,9 @@ class PagePool:
         the same place the later one has the page: a stretch may run over a few pages of others.
         """
         found = sorted(self.locate(cls, ids), key=lambda source: -source[2].numel())
+        if len(found) == 1:
+            rows, words, _ = found[0]
+            return ((rows, words.int(), slice(0, ids.numel())),)
         covered = torch.zeros(ids.numel(), dtype=torch.bool)
         stretches: list[Source] = []
         others: list[Source] = []
@@ -357,10 +366,7 @@ class PagePool:
 
     def gather(self, cls: int, ids: Tensor) -> Tensor:
         """Copies of pages: ids int32 [n] -> uint8 [n, page_bytes]."""
-        out = torch.empty(ids.numel(), self.layout(cls).page_bytes // WORD, dtype=torch.int64, device=self.device)
-        for rows, words, position in self.locate(cls, ids):
-            out[position] = rows[words]
-        return out.view(torch.uint8)
+        return self.read(cls, ids, 0, self.layout(cls).page_bytes)
 
     def scatter(self, cls: int, ids: Tensor, pages: Tensor) -> None:
         """Write whole pages uint8 [n, page_bytes] back."""
