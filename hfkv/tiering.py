@@ -160,28 +160,16 @@ def _observe(layers: list[LayerTokens], packed: PackedRows, sequences: list[Sequ
     for _, parts in stored:
         parts["score"] = parts["score"].float()
     before = [parts["score"].clone() if packed.pool.owners is not None else parts["score"] for _, parts in stored]
-    scores = _window_scores(layers, sequences, [parts for _, parts in stored])
+    scores = layers[0].kernels.observe_stored(layers, sequences, [parts for _, parts in stored])
     for tier, (_, parts) in enumerate(stored):
         parts["score"] = _kept_where_shared(packed, tier, parts["score"], before[tier])
-    return torch.cat(scores)
+    return scores
 
 
 def _observe_new(layers: list[LayerTokens], sequences: list[Sequences], stored: Stored) -> Sequence[Tensor | None]:
     """Scores of every layer's window tokens, [rows, n] each; what is stored keeps its own."""
-    return _window_scores(
-        layers, sequences, [{**p, "score": p["score"].to(torch.float32, copy=True)} for _, p in stored]
-    )
-
-
-def _window_scores(
-    layers: list[LayerTokens], sequences: list[Sequences], stored: list[dict[str, Tensor]]
-) -> list[Tensor]:
-    """Let every layer's kernels observe: its window's scores [rows, n]; packed tokens' go into `stored`, per tier."""
-    rows, scores = layers[0].packed.rows, []
-    for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
-        part = slice(index * rows, (index + 1) * rows)
-        scores.append(tokens.kernels.observe_stored(tokens, own, [{n: x[part] for n, x in p.items()} for p in stored]))
-    return scores
+    own = [{**parts, "score": parts["score"].to(torch.float32, copy=True)} for _, parts in stored]
+    return layers[0].kernels.observe_stored(layers, sequences, own).chunk(len(layers))
 
 
 def _kept_where_shared(packed: PackedRows, tier: int, new: Tensor, old: Tensor) -> Tensor:

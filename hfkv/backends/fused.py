@@ -138,8 +138,19 @@ class FusedKernels:
         terms = (call.scaling, call.softcap, call.sinks)
         return observe.observe_exact(picked, sequences.k, last, sequences.fill.lengths, *terms, total)
 
+    @classmethod
+    def observe_stored(
+        cls, layers: list[LayerTokens], sequences: list[Sequences], stored: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """Layer by layer: a launch has enough to do."""
+        rows, scores = layers[0].packed.rows, []
+        for index, (tokens, own) in enumerate(zip(layers, sequences, strict=True)):
+            part = slice(index * rows, (index + 1) * rows)
+            scores.append(cls._observe_layer(tokens, own, [{n: x[part] for n, x in p.items()} for p in stored]))
+        return torch.cat(scores)
+
     @staticmethod
-    def observe_stored(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
+    def _observe_layer(tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
         """The kernel ages scores where they lie; pages get the old ones back, since a flush may still fail."""
         packed, kept, call, fill = tokens.packed, kept_queries(tokens, sequences), tokens.call, sequences.fill
         if kept is None or call is None:

@@ -108,8 +108,10 @@ class Kernels(Protocol):
         """Scores of window and chunk tokens from a chunk's last queries."""
         ...
 
-    def observe_stored(self, tokens: LayerTokens, sequences: Sequences, stored: list[dict[str, Tensor]]) -> Tensor:
-        """Scores of the window's tokens from the kept queries; packed tokens get theirs in `stored`."""
+    def observe_stored(
+        self, layers: list[LayerTokens], sequences: list[Sequences], stored: list[dict[str, Tensor]]
+    ) -> Tensor:
+        """Scores of the windows' tokens of layers from the kept queries; packed tokens get theirs in `stored`."""
         ...
 
     def stored(self, packed: PackedRows, selects: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:

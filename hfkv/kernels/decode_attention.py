@@ -12,6 +12,8 @@ values) is folded into one matrix before and one after (`hfkv.kernels.folding`).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,22 +91,29 @@ class WorkList:
     """All packed pages of a layer, made once per flush; it stays valid while tokens are only appended.
 
     Attributes:
+        listed: finds the pages, by blocks; asked once.
         slots: per tier, packed slots per row, free ones included; a row's columns are those of tier 0, then of tier 1.
         folding: the layer's maps between plain vectors and bytes.
         mean: float32 [rows, key_dim] in the rotated basis, what every key is short of; or None.
         derived: what kernels have made of it for themselves, by name; each has `nbytes`.
     """
 
-    blocks: tuple[PageBlock, ...]
+    listed: Callable[[], tuple[PageBlock, ...]] = field(repr=False)
     rows: int
     slots: tuple[int, ...]
     folding: Folding
     mean: Tensor | None
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @functools.cached_property
+    def blocks(self) -> tuple[PageBlock, ...]:
+        """All pages, those of tier 0 first."""
+        return self.listed()
+
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.blocks, *self.derived.values()))
+        """Bytes of what has been made so far."""
+        return sum(part.nbytes for part in (*self.__dict__.get("blocks", ()), *self.derived.values()))
 
     @property
     def width(self) -> int:

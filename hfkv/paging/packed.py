@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -59,49 +61,8 @@ class PackedLayer(PackedRows):
     def work(self) -> WorkList:
         """The work list of the pages as they are; kept until the next change."""
         if self._work is None:
-            blocks: list[PageBlock] = []
-            slots: list[int] = []
-            held = [self.page_counts(tier) for tier in range(self.tiers)]
-            spare = PADDING * sum(int(counts.sum()) for counts in held) / self.tiers
-            for tier, counts in enumerate(held):
-                blocks += self._blocks(tier, counts, spare, sum(slots))
-                slots.append(int(counts.max()) * self.layouts[tier].tokens)
-            folding = fold(self.layouts, self.basis.key, self.basis.value, self.pool.device)
-            self._work = WorkList(tuple(blocks), self.rows, tuple(slots), folding, self.basis.mean)
+            self._work = work_list(self)
         return self._work
-
-    def _blocks(self, tier: int, counts: Tensor, spare: float, first_column: int) -> list[PageBlock]:
-        """A tier's pages, `counts` int64 [rows]: rows of about as many together, cut into blocks of columns."""
-        layout, blocks = self.layouts[tier], []
-        for row in _alike(counts, spare):
-            rows = torch.arange(self.rows, device=counts.device) if row is None else row
-            own = counts.index_select(0, rows)
-            pages, step = int(own.max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
-            for first in range(0, pages, step):
-                last = min(first + step, pages)
-                columns = (first_column + first * layout.tokens, first_column + last * layout.tokens)
-                blocks.append(self._block(tier, row, rows, own, (first, last), columns))
-        return blocks
-
-    def _block(
-        self,
-        tier: int,
-        row: Tensor | None,
-        rows: Tensor,
-        counts: Tensor,
-        pages: tuple[int, int],
-        columns: tuple[int, int],
-    ) -> PageBlock:
-        layout = self.layouts[tier]
-        index = torch.arange(*pages, device=rows.device).expand(rows.numel(), -1)
-        ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
-        ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one
-        filled = self.table.lengths[rows, tier] - pages[0] * layout.tokens
-        width = columns[1] - columns[0]
-        last = torch.arange(min(max(int(filled.min()), 0), width), width, device=rows.device)
-        free = last >= filled[:, None, None] if last.numel() else None
-        sources = self.pool.sources(self.classes[tier], ids.flatten())
-        return PageBlock(tier, layout, ids.numel(), row, sources, free, columns)
 
     # ---- whole rows ------------------------------------------------------------------------------------------------
 
@@ -129,6 +90,60 @@ class PackedLayer(PackedRows):
             self.pool.release(cls, self.table.pages(tier, self.page_counts(tier))[0])
         self.table = PageTable(self.rows, self.pool.device)
         self.changed()
+
+
+def work_list(packed: PackedRows) -> WorkList:
+    """The pages of rows as they are; where they lie is looked up when it is first asked for."""
+    held = [packed.page_counts(tier) for tier in range(packed.tiers)]
+    slots = tuple(int(counts.max()) * layout.tokens for counts, layout in zip(held, packed.layouts, strict=True))
+    folding = fold(packed.layouts, packed.basis.key, packed.basis.value, packed.pool.device)
+    lister = _Lister(packed.pool, packed.layouts, packed.classes, packed.table, held)
+    return WorkList(lister.blocks, packed.rows, slots, folding, packed.basis.mean)
+
+
+@dataclass(frozen=True)
+class _Lister:
+    """Pages of rows by blocks.
+
+    Attributes:
+        held: int64 [rows], pages per row, of each tier.
+    """
+
+    pool: PagePool
+    layouts: list[PageLayout]
+    classes: list[int]
+    table: PageTable
+    held: list[Tensor]
+
+    def blocks(self) -> tuple[PageBlock, ...]:
+        """Of each tier rows of about as many pages together, cut into blocks of columns."""
+        spare = PADDING * sum(int(counts.sum()) for counts in self.held) / len(self.held)
+        blocks, first_column = [], 0
+        for tier, (layout, counts) in enumerate(zip(self.layouts, self.held, strict=True)):
+            for row in _alike(counts, spare):
+                rows = torch.arange(counts.numel(), device=counts.device) if row is None else row
+                own = counts.index_select(0, rows)
+                pages, step = int(own.max()), max(1, BLOCK_TOKENS // (rows.numel() * layout.tokens))
+                for first in range(0, pages, step):
+                    part = (first, min(first + step, pages))
+                    blocks.append(self._block(tier, row, rows, own, part, first_column))
+            first_column += int(counts.max()) * layout.tokens
+        return tuple(blocks)
+
+    def _block(
+        self, tier: int, row: Tensor | None, rows: Tensor, counts: Tensor, pages: tuple[int, int], first_column: int
+    ) -> PageBlock:
+        layout = self.layouts[tier]
+        index = torch.arange(*pages, device=rows.device).expand(rows.numel(), -1)
+        ids = self.table.lookup(tier, rows[:, None], torch.minimum(index, (counts[:, None] - 1).clamp_min(0)))
+        ids = torch.where(counts[:, None] > 0, ids, ids[counts.argmax(), 0])  # a row without pages borrows one
+        filled = self.table.lengths[rows, tier] - pages[0] * layout.tokens
+        width = (pages[1] - pages[0]) * layout.tokens
+        last = torch.arange(min(max(int(filled.min()), 0), width), width, device=rows.device)
+        free = last >= filled[:, None, None] if last.numel() else None
+        sources = self.pool.sources(self.classes[tier], ids.flatten())
+        start = first_column + pages[0] * layout.tokens
+        return PageBlock(tier, layout, ids.numel(), row, sources, free, (start, start + width))
 
 
 def _alike(counts: Tensor, spare: float) -> list[Tensor | None]:

@@ -1,5 +1,6 @@
 """Significance by the Triton kernels against the twins of `hfkv.observe`."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from hfkv.attend import Call
 from hfkv.backends.fused import FusedKernels
 from hfkv.backends.plain import PlainKernels
 from hfkv.fill import Fill, advance
+from hfkv.kernels.quantize_pack import Basis
+from hfkv.paging.table import PageTable
 from hfkv.window import Sequences
 
 EXACT = 2e-5
@@ -114,8 +117,8 @@ def test_a_flush(counts, tiers, dim, page, codec, groups, queries, dtype, softca
     )
     before = [layer.slots(tier, ("score",))[1]["score"] for tier in range(layer.tiers)]
     held_plain, held_fused = scores(PlainKernels, layer), scores(FusedKernels, layer)
-    in_window = PlainKernels.observe_stored(tokens, Sequences(k.nan_to_num(), k, fill), held_plain)
-    got_window = FusedKernels.observe_stored(tokens, Sequences(k, k, fill), held_fused)
+    in_window = PlainKernels.observe_stored([tokens], [Sequences(k.nan_to_num(), k, fill)], held_plain)
+    got_window = FusedKernels.observe_stored([tokens], [Sequences(k, k, fill)], held_fused)
     assert relative_rms(got_window, in_window) < (HALF if dtype == torch.float16 else EXACT)
     for tier in range(layer.tiers):
         filled, parts = layer.slots(tier, ("score",))
@@ -145,5 +148,44 @@ def test_a_score_stays_in_its_format():
         call=Call(1.0, None, None),
     )
     held = scores(FusedKernels, layer)
-    FusedKernels.observe_stored(tokens, Sequences(k, k, fill), held)
+    FusedKernels.observe_stored([tokens], [Sequences(k, k, fill)], held)
     assert (held[0]["score"][layer.slots(0, ())[0]] == 65504.0).all()
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 1 << 18])
+def test_layers_that_are_observed_together(tokens_at_once, monkeypatch):
+    """As each alone: pages of other lengths, other sinks and scales, and one that is asked otherwise."""
+    monkeypatch.setattr("hfkv.observe.STACKED_TOKENS", tokens_at_once)
+    generator = torch.Generator().manual_seed(0)
+    fill = Fill(9, torch.tensor([9]), 9, None, 900, None)
+    pool_layer, _, _ = make_layer(
+        [(100, 70), (0, 200), (64, 1), (30, 0), (5, 130), (128, 64)], ((8, 4), (4, 2)), 64, 64
+    )
+    ids, lengths = pool_layer.table.ids.chunk(3), pool_layer.table.lengths.chunk(3)
+    layers, windows = [], []
+    for index in range(3):
+        packed = copy.copy(pool_layer)
+        packed.table = PageTable.of(ids[index], lengths[index])
+        packed.basis = Basis(pool_layer.basis.key, pool_layer.basis.value, pool_layer.basis.mean.chunk(3)[index])
+        packed.has_mean = pool_layer.has_mean.chunk(3)[index]
+        packed.changed()
+        q = torch.randn(1, 6, 5, 64, generator=generator)
+        kept = SimpleNamespace(kept=lambda q=q: q, positions=[860, 870, 880, 890, 899], stands_for=32)
+        call = Call(0.1 + 0.1 * index, 30.0 if index == 2 else None, torch.randn(6, generator=generator))
+        layers.append(SimpleNamespace(packed=packed, window=SimpleNamespace(heads=2), queries=kept, call=call))
+        k = torch.randn(1, 2, 9, 64, generator=generator)
+        windows.append(Sequences(k, k, fill))
+    stored = [parts for _, parts in PlainKernels.stored(pool_layer, True)]
+    alone = [{name: x.float().clone() for name, x in parts.items()} for parts in stored]
+    together = [{name: x.float().clone() for name, x in parts.items()} for parts in stored]
+    got = PlainKernels.observe_stored(layers, windows, together)
+    want = []
+    for index, (layer, window) in enumerate(zip(layers, windows, strict=True)):
+        part = slice(2 * index, 2 * index + 2)
+        own = [{name: x[part] for name, x in parts.items()} for parts in alone]
+        want.append(PlainKernels.observe_stored([layer], [window], own))
+    torch.testing.assert_close(got, torch.cat(want))
+    for tier in range(2):
+        filled = pool_layer.slots(tier, ())[0]
+        torch.testing.assert_close(together[tier]["score"][filled], alone[tier]["score"][filled])
+        assert not torch.equal(together[tier]["score"][filled], stored[tier]["score"][filled].float())

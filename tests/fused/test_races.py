@@ -85,7 +85,7 @@ def observed(layers):
     )
     stored = [parts for _, parts in FusedKernels.stored(layer, True)]
     k = random(1, 2, 9, 32)
-    return [FusedKernels.observe_stored(tokens, Sequences(k, k, window), stored), *(p["score"] for p in stored)]
+    return [FusedKernels.observe_stored([tokens], [Sequences(k, k, window)], stored), *(p["score"] for p in stored)]
 
 
 def continued(layers):
