@@ -27,7 +27,6 @@ class Rotary:
 
     def __init__(self, angles: Callable[[Tensor], tuple[Tensor, Tensor]], apply: Callable[..., Any]) -> None:
         self._angles, self._apply = angles, apply
-        self._last: tuple[tuple, Tensor] | None = None
 
     def turn(self, x: Tensor, positions: Tensor, seen: int = 0) -> Tensor:
         """x [batch, heads, n, D] turned by `positions` int64 [n] or [1]; -> float32.
@@ -40,15 +39,9 @@ class Rotary:
         return self._rotated(x.float(), cos, sin) / self._length(cos, sin, x)
 
     def matrix(self, positions: int, like: Tensor, seen: int = 0) -> Tensor:
-        """float32 [D, D] with x @ matrix = x turned by `positions`, for vectors `like` these; the last one is kept.
-
-        Args: as of `turn`.
-        """
-        key = (positions, like.shape[-1], like.device, seen)
-        if self._last is None or self._last[0] != key:
-            basis = torch.eye(like.shape[-1], device=like.device)[None, None]
-            self._last = key, self.turn(basis, torch.full((1,), positions, device=like.device), seen)[0, 0]
-        return self._last[1]
+        """float32 [D, D] with x @ matrix = x turned by `positions`, for vectors `like` these; `seen` as of `turn`."""
+        basis = torch.eye(like.shape[-1], device=like.device)[None, None]
+        return self.turn(basis, torch.full((1,), positions, device=like.device), seen)[0, 0]
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         try:

@@ -43,10 +43,9 @@ class CompiledKernels(PlainKernels):
 
     def view(self, packed: PackedLayer) -> LoopView:  # type: ignore[override]
         """The pages as they are now, in both forms."""
-        work = packed.work()
-        if "loops" not in work.derived:
-            work.derived["loops"] = LoopView(work)
-        return work.derived["loops"]
+        if "loops" not in packed.derived:
+            packed.derived["loops"] = LoopView(packed.work())
+        return packed.derived["loops"]
 
     def attend_step(self, past: Past, q: Tensor, call: Call) -> Tensor:  # type: ignore[override]
         view: LoopView = past.view

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -95,7 +95,6 @@ class WorkList:
         slots: per tier, packed slots per row, free ones included; a row's columns are those of tier 0, then of tier 1.
         folding: the layer's maps between plain vectors and bytes.
         mean: float32 [rows, key_dim] in the rotated basis, what every key is short of; or None.
-        derived: what kernels have made of it for themselves, by name; each has `nbytes`.
     """
 
     listed: Callable[[], tuple[PageBlock, ...]] = field(repr=False)
@@ -103,7 +102,6 @@ class WorkList:
     slots: tuple[int, ...]
     folding: Folding
     mean: Tensor | None
-    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def blocks(self) -> tuple[PageBlock, ...]:
@@ -113,7 +111,7 @@ class WorkList:
     @property
     def nbytes(self) -> int:
         """Bytes of what has been made so far."""
-        return sum(part.nbytes for part in (*self.__dict__.get("blocks", ()), *self.derived.values()))
+        return sum(block.nbytes for block in self.__dict__.get("blocks", ()))
 
     @property
     def width(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +30,25 @@ class PackedLayer(PackedRows):
         rows: sequences x KV heads.
         basis: rotations of keys and values; its mean is set when the first tokens are packed.
         shift: subtract the mean of the first packed keys from every key.
+
+    Attributes:
+        derived: what kernels have made of the work list for themselves, by name; each has `nbytes`.
     """
 
     def __init__(self, pool: PagePool, layouts: list[PageLayout], rows: int, basis: Basis, shift: bool) -> None:
         super().__init__(pool, layouts, PageTable(rows, pool.device), basis, shift)
         self._work: WorkList | None = None
+        self.derived: dict[str, Any] = {}
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_work": None}
+        return {**super().__getstate__(), "_work": None, "derived": {}}
 
     @property
     def metadata_bytes(self) -> int:
         """Bytes of this layer beside its pages: page table, work list and mean keys."""
         mean = 0 if self.basis.mean is None else self.basis.mean.nbytes
         work = 0 if self._work is None else self._work.nbytes
+        work += sum(part.nbytes for part in self.derived.values())
         return self.table.nbytes + mean + work + self.has_mean.nbytes
 
     def bytes_ahead(self, tokens: int) -> int:
@@ -54,7 +60,7 @@ class PackedLayer(PackedRows):
 
     def changed(self) -> None:
         super().changed()
-        self._work = None
+        self._work, self.derived = None, {}
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
