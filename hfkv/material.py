@@ -16,16 +16,13 @@ from hfkv.backends.plain import Kernels
 from hfkv.fill import newest_last
 from hfkv.kernels.at_once import logits_at_once
 from hfkv.kernels.decode_attention import cap
-from hfkv.kernels.replay import AHEAD, Asking
+from hfkv.kernels.replay import AHEAD, SINKS, Asking
 from hfkv.observe import kept_queries, newest_queries
 from hfkv.paging.rows import PackedRows
 from hfkv.window import Sequences
 
 if TYPE_CHECKING:
     from hfkv.tokens import LayerTokens
-
-SINKS = 4
-"""First tokens of a prompt that take part in every block of a replay, as sinks of attention."""
 
 LAST = torch.iinfo(torch.int64).max
 """In the place of a position: of a slot that holds no token."""

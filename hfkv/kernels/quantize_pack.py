@@ -34,11 +34,8 @@ class Basis:
 
     def of_keys(self, k: Tensor) -> Tensor:
         """Keys [rows, n, D] as they are coded, float32."""
-        if self.mean is None:
-            return self.rotate_keys(k)
-        if self.key is None:
-            return k.float() - self.mean[:, None]
-        return torch.baddbmm(self.mean[:, None], k.float(), self.key.expand(k.shape[0], -1, -1), beta=-1)
+        keys = self.rotate_keys(k)
+        return keys if self.mean is None else keys - self.mean[:, None]
 
     def rotate_keys(self, k: Tensor) -> Tensor:
         return k.float() if self.key is None else k.float() @ self.key

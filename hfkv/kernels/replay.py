@@ -26,6 +26,7 @@ AHEAD = 512
 """By how many positions queries are turned on: far enough to be behind the block, near enough to see it sharply."""
 
 SINKS = 4
+"""First tokens of a prompt that take part in every block, as sinks of attention."""
 
 TOGETHER = 64
 """Blocks that are looked at together: bounds the memory for them."""
@@ -162,15 +163,12 @@ def _most(q: Tensor, keys: Tensor, there: Tensor | None, silent: Tensor | None, 
     received = keys.new_zeros(keys.shape[0], shape[3])
     most = logits_at_once(q.device, shape[3])
     rows, each = max(1, most // max(1, queries.shape[1])), max(1, min(most, queries.shape[1]))
-    room = queries.new_empty(2, min(rows, queries.shape[0]), each, shape[3])
     for a, b in itertools.product(range(0, queries.shape[0], rows), range(0, queries.shape[1], each)):
         some, part = slice(a, a + rows), slice(b, b + each)
-        asking = queries[some, part]
-        logits, p = room[:, : asking.shape[0], : asking.shape[1]]
-        logits = cap(torch.bmm(asking, keys[some], out=logits), softcap)
+        logits = cap(torch.bmm(queries[some, part], keys[some]), softcap)
         if there is not None:
             logits = logits.masked_fill_(~there[some], float("-inf"))
-        p = torch.softmax(logits, -1, out=p)
+        p = logits.softmax(-1)
         if silent is not None:
             p = p.masked_fill_(silent[some, part], 0.0).nan_to_num_(0.0)
         received[some] = torch.maximum(received[some], p.amax(1))

@@ -103,7 +103,7 @@ def work_list(packed: PackedRows) -> WorkList:
     held = [packed.page_counts(tier) for tier in range(packed.tiers)]
     slots = tuple(int(counts.max()) * layout.tokens for counts, layout in zip(held, packed.layouts, strict=True))
     folding = fold(packed.layouts, packed.basis.key, packed.basis.value, packed.pool.device)
-    lister = _Lister(packed.pool, packed.layouts, packed.classes, packed.table, held)
+    lister = _Lister(packed.pool, packed.layouts, packed.classes, packed.table, held, slots)
     return WorkList(lister.blocks, packed.rows, slots, folding, packed.basis.mean)
 
 
@@ -113,6 +113,7 @@ class _Lister:
 
     Attributes:
         held: int64 [rows], pages per row, of each tier.
+        slots: of each tier, as `WorkList.slots`.
     """
 
     pool: PagePool
@@ -120,6 +121,7 @@ class _Lister:
     classes: list[int]
     table: PageTable
     held: list[Tensor]
+    slots: tuple[int, ...]
 
     def blocks(self) -> tuple[PageBlock, ...]:
         """Of each tier rows of about as many pages together, cut into blocks of columns."""
@@ -133,7 +135,7 @@ class _Lister:
                 for first in range(0, pages, step):
                     part = (first, min(first + step, pages))
                     blocks.append(self._block(tier, row, rows, own, part, first_column))
-            first_column += int(counts.max()) * layout.tokens
+            first_column += self.slots[tier]
         return tuple(blocks)
 
     def _block(

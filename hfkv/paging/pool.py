@@ -324,15 +324,11 @@ class PagePool:
         slot = (ids & ((1 << SLOT_BITS) - 1)).long()
         words = self._offset_of.index_select(0, chunk) + slot * (layout.page_bytes // WORD)
         arena_of = self._arena_of.index_select(0, chunk)
-        numbers, found = torch.unique(arena_of).tolist(), []
-        for number in numbers:
-            rows, own = self._rows(self._arenas[number].memory, layout), words
-            if len(numbers) == 1:
-                position = torch.arange(ids.numel(), device=ids.device)
-            else:
-                position = (arena_of == number).nonzero().squeeze(1)
-                own = words.index_select(0, position)
-            found.append((rows, own, position))
+        found = []
+        for number in torch.unique(arena_of).tolist():
+            position = (arena_of == number).nonzero().squeeze(1)
+            rows = self._rows(self._arenas[number].memory, layout)
+            found.append((rows, words.index_select(0, position), position))
         return found
 
     def page_addresses(self, cls: int, ids: Tensor) -> Tensor:
@@ -347,9 +343,6 @@ class PagePool:
         the same place the later one has the page: a stretch may run over a few pages of others.
         """
         found = sorted(self.locate(cls, ids), key=lambda source: -source[2].numel())
-        if len(found) == 1:
-            rows, words, _ = found[0]
-            return ((rows, words.int(), slice(0, ids.numel())),)
         covered = torch.zeros(ids.numel(), dtype=torch.bool)
         stretches: list[Source] = []
         others: list[Source] = []

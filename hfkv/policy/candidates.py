@@ -212,4 +212,4 @@ class Candidates:
     def _order(self) -> Tensor:
         """Positions of all heads' tokens, best first, those that do not exist last. int64 [batch, kv_heads * T]."""
         score = self.score.masked_fill(~self.exists, float("-inf"))
-        return score.flatten(1).sort(dim=1, descending=True, stable=True).indices
+        return score.flatten(1).argsort(dim=1, descending=True, stable=True)
